@@ -1,0 +1,190 @@
+"""What an answer body says: its text, its usage, how it finished, and whether it is an answer at all.
+
+Knows the JSON shapes of OpenAI (chat, completions, responses, embeddings) and Anthropic (messages). Every
+function takes decoded JSON from a server, which may be anything, and never raises.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMPLETE_FINISHES = frozenset({
+    "stop", "tool_calls", "function_call", "end_turn", "stop_sequence", "tool_use", "completed",
+})  # fmt: skip
+"""Finish reasons after which nothing is missing (SPEC 1); "length" and "content_filter" are not among them."""
+
+MAX_TOKENS_REPORTED = 10_000_000
+"""A usage figure above this is hostile or broken and is clamped (SPEC 10)."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one answer, as the server reported them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    """Part of input_tokens that the server's prefix cache answered."""
+    reported: bool = False
+    """False where the server gave no usage."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output together."""
+        return self.input_tokens + self.output_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        """Sum of two usages; reported if either was."""
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.reported or other.reported,
+        )
+
+
+NO_USAGE = Usage()
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def items(value: object) -> list[Any]:
+    """The value if it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]  # JSON
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    if value != value or value <= 0:  # noqa: PLR0124 — NaN is the value that differs from itself
+        return 0
+    return int(min(value, MAX_TOKENS_REPORTED))
+
+
+def usage_of(body: object) -> Usage:
+    """The usage in an answer or in a stream's event (OpenAI's and Anthropic's names), clamped to sane counts."""
+    root = mapping(body)
+    raw = root.get("usage")
+    if raw is None:
+        nested = root.get("message") if "message" in root else root.get("response")
+        raw = mapping(nested).get("usage")
+    if not isinstance(raw, dict):
+        return NO_USAGE
+    found = mapping(cast("object", raw))
+    details = mapping(found.get("prompt_tokens_details")) or mapping(found.get("input_tokens_details"))
+    cached = _count(details.get("cached_tokens")) or _count(found.get("cache_read_input_tokens"))
+    return Usage(
+        _count(found.get("prompt_tokens")) or _count(found.get("input_tokens")),
+        _count(found.get("completion_tokens")) or _count(found.get("output_tokens")),
+        cached,
+        reported=True,
+    )
+
+
+def _texts(body: dict[str, Any]) -> Iterator[str]:
+    for choice in items(body.get("choices"))[:1]:
+        entry = mapping(choice)
+        message = mapping(entry.get("message")) or mapping(entry.get("delta"))
+        content = message.get("content") if message else entry.get("text")
+        yield from _content_texts(content)
+    yield from _content_texts(body.get("content"))
+    for block in items(body.get("output")):
+        yield from _content_texts(mapping(block).get("content"))
+
+
+def _content_texts(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    for part in items(content):
+        text = mapping(part).get("text")
+        if isinstance(text, str):
+            yield text
+
+
+def text_of(body: object) -> str:
+    """The text of the first choice ("" where there is none, as for a pure tool call or an embedding)."""
+    return "".join(_texts(mapping(body)))
+
+
+def finish_reasons(body: object) -> list[str]:
+    """Every finish reason in an answer, in order of the choices."""
+    root = mapping(body)
+    found = [mapping(choice).get("finish_reason") for choice in items(root.get("choices"))]
+    found += [root.get("stop_reason"), root.get("status")]
+    return [reason for reason in found if isinstance(reason, str)]
+
+
+def problem_with(op: str, body: object) -> str | None:
+    """Why a 2xx body is not an answer to this operation, or None when it is one.
+
+    Args:
+        op: "chat", "complete", "embed", "messages", "responses"; other operations are not judged.
+        body: decoded JSON.
+    """
+    if op not in {"chat", "complete", "embed", "messages", "responses"}:
+        return None
+    if not isinstance(body, dict):
+        return f"expected a JSON object, got {type(body).__name__}"
+    root = mapping(cast("object", body))
+    if root.get("error"):
+        return "the body is an error although the status says success"
+    expected = {"chat": "choices", "complete": "choices", "embed": "data", "messages": "content"}.get(op, "output")
+    value = root.get(expected)
+    if not isinstance(value, list):
+        return f"no {expected!r} list in the body"
+    if not value and op in {"chat", "complete", "embed"}:
+        return f"{expected!r} is empty"
+    return None
+
+
+def _tool_calls_parse(message: dict[str, Any]) -> bool:
+    calls = [mapping(call).get("function") for call in items(message.get("tool_calls"))]
+    calls.append(message.get("function_call"))
+    for function in calls:
+        arguments = mapping(function).get("arguments")
+        if isinstance(arguments, str) and arguments:
+            try:
+                msgspec.json.decode(arguments)
+            except (msgspec.DecodeError, UnicodeError):
+                return False
+    return True
+
+
+def _choice_is_whole(choice: object) -> bool:
+    entry = mapping(choice)
+    message = mapping(entry.get("message"))
+    if message.get("refusal"):
+        return False
+    has_calls = bool(message.get("tool_calls") or message.get("function_call"))
+    has_text = bool("".join(_content_texts(message.get("content") if message else entry.get("text"))))
+    return (has_text or has_calls) and _tool_calls_parse(message)
+
+
+def why_not_storable(op: str, body: object) -> str | None:
+    """Why a 2xx answer must not be cached (SPEC 1, *Storing*), or None when it may be."""
+    problem = problem_with(op, body)
+    if problem is not None:
+        return problem
+    root = mapping(body)
+    if op in {"chat", "complete"}:
+        choices = items(root.get("choices"))
+        for choice in choices:
+            reason = mapping(choice).get("finish_reason")
+            if reason not in COMPLETE_FINISHES:
+                return f"finish_reason {reason!r}"
+        if not all(_choice_is_whole(choice) for choice in choices):
+            return "a choice without content, with a refusal or with cut-off tool arguments"
+    elif op in {"messages", "responses"}:
+        reason = root.get("stop_reason") if op == "messages" else root.get("status")
+        if reason not in COMPLETE_FINISHES:
+            return f"stop reason {reason!r}"
+        if not (root.get("content") or root.get("output")):
+            return "no content"
+    return None

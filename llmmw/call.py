@@ -1,0 +1,250 @@
+"""What is asked and what is answered: `Call`, `Reply` and the values they carry. All frozen.
+
+Neighbours: `answer.py` reads the bodies, `stream.py` works on `Reply.chunks`, `errors.py` says what went wrong.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import msgspec
+
+from llmmw.answer import NO_USAGE, Usage, text_of
+from llmmw.env import ambient_clock
+from llmmw.settings import seconds
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+
+    from llmmw.errors import LLMMWError
+
+__all__ = [
+    "NO_CONTEXT", "Attempt", "Call", "Chunk", "Chunks", "Context", "Handler", "Item", "Outcome", "Reply",
+    "Source", "Usage", "current_context", "using",
+]  # fmt: skip
+
+Source = Literal["upstream", "cache", "coalesced", "batch"]
+"""Where a reply came from."""
+
+
+class Context(msgspec.Struct, frozen=True):
+    """Who is asking and how urgently; set by `using()`, read by the layers, never sent upstream."""
+
+    agent: str | None = None
+    step: int | None = None
+    """Simulation step; calls of one step may be batched behind a barrier."""
+    sample: int | None = None
+    """Which independent draw of the same request is wanted (lane index, from 0)."""
+    priority: int = 0
+    """Smaller runs earlier, as in vLLM."""
+    deadline: float | None = None
+    """Absolute, on the env clock's monotonic scale, in seconds."""
+    tenant: str | None = None
+    """Answers are shared within one tenant only."""
+    tags: tuple[str, ...] = ()
+
+
+NO_CONTEXT = Context()
+_context: ContextVar[Context] = ContextVar("llmmw_context", default=NO_CONTEXT)
+
+
+def current_context() -> Context:
+    """The context that `using()` set around the running code."""
+    return _context.get()
+
+
+@contextmanager
+def using(
+    *,
+    agent: str | None = None,
+    step: int | None = None,
+    sample: int | None = None,
+    priority: int | None = None,
+    deadline: float | str | None = None,
+    tenant: str | None = None,
+    tags: str | Iterable[str] = (),
+) -> Generator[Context]:
+    """Tell llmmw who makes the calls inside this block. Blocks nest: what is not given is inherited.
+
+    Args:
+        agent: name under which statistics and lanes are kept.
+        step: simulation step.
+        sample: index of the independent draw that is wanted (0, 1, ...).
+        priority: smaller runs earlier.
+        deadline: seconds from now (or text such as "20s"); an inner block cannot extend an outer one.
+        tenant: answers are not shared between tenants.
+        tags: added to the outer tags; cached answers can be invalidated by tag.
+
+    Raises:
+        ConfigError: a value is not usable (negative sample, deadline that is not a duration).
+    """
+    outer = _context.get()
+    until = outer.deadline
+    if deadline is not None:
+        mine = ambient_clock().monotonic() + seconds("using(deadline=)", deadline)
+        until = mine if until is None else min(until, mine)
+    added = (tags,) if isinstance(tags, str) else tuple(tags)
+    context = Context(
+        agent=outer.agent if agent is None else agent,
+        step=outer.step if step is None else step,
+        sample=outer.sample if sample is None else sample,
+        priority=outer.priority if priority is None else priority,
+        deadline=until,
+        tenant=outer.tenant if tenant is None else tenant,
+        tags=outer.tags + tuple(tag for tag in added if tag not in outer.tags),
+    )
+    token = _context.set(context)
+    try:
+        yield context
+    finally:
+        _context.reset(token)
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One completion call on its way to an endpoint."""
+
+    op: str
+    """"chat", "complete", "embed", "messages", "responses", "chat_batch", "function" or the path of an unknown one."""
+    model: str
+    payload: Mapping[str, Any]
+    """The request's body (JSON-shaped); for a function its bound arguments. Layers never change it in place."""
+    stream: bool = False
+    context: Context = NO_CONTEXT
+    native: Any = None
+    """The edge's own request; only the edge and its endpoint read it."""
+    target: str = ""
+    """Identity of the endpoint that is asked: "scheme://host:port/prefix", or a function's qualified name."""
+    namespace: str = ""
+    """Fingerprint of the credential or the tenant: answers are shared within one namespace only."""
+    variant: tuple[tuple[str, str], ...] = ()
+    """Request headers that change the answer (API version, beta flags), lower-case and sorted."""
+    inherits_context: bool = False
+    """True where the endpoint must run with the caller's context variables (a user's function)."""
+
+    def replace(self, **changes: Any) -> Call:
+        """A copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+    def within(self, **changes: Any) -> Call:
+        """A copy with some fields of its context changed."""
+        return msgspec.structs.replace(self, context=msgspec.structs.replace(self.context, **changes))
+
+
+class Item(msgspec.Struct, frozen=True):
+    """A piece of a user's async generator: the object itself and, where a codec knows it, its encoded form."""
+
+    value: Any
+    data: bytes | None = None
+
+
+Chunk = bytes | Item
+"""A piece of a stream: raw bytes from HTTP (never re-cut), or an Item from a function."""
+
+
+class Chunks(Protocol):
+    """A stream of chunks. `aclose()` is idempotent, and a stream that ended has released everything."""
+
+    @property
+    def usage(self) -> Usage:
+        """What the stream reported so far; final once it ended."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    async def __anext__(self) -> Chunk: ...
+
+    async def aclose(self) -> None:
+        """Stop reading and release what the stream holds."""
+        ...
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One try at one endpoint, kept on replies and errors as history."""
+
+    endpoint: str
+    fault: str = ""
+    """Fault class (SPEC 7), or "" for success."""
+    status: int | None = None
+    error: str = ""
+    """Type name of the exception, if there was one."""
+    wait_s: float = 0.0
+    """Back-off slept before the next attempt."""
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What came back. A status of 400 or more is a refusal by the server, carried as a value."""
+
+    data: bytes | None = None
+    """The body (JSON for HTTP, the codec's form for a function); None while only `native` or `chunks` holds it."""
+    chunks: Chunks | None = None
+    """The body as a stream, where the call asked for one."""
+    usage: Usage = NO_USAGE
+    """Of a stream: what is known when the reply is made, usually nothing."""
+    source: Source = "upstream"
+    endpoint: str = ""
+    native: Any = None
+    """The endpoint's own answer object (a function's return value)."""
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    """Response headers with lower-case names; hop-by-hop headers removed."""
+    service_s: float = 0.0
+    """Seconds of service at the endpoint, without queueing or back-off; 0 until known."""
+    stale: bool = False
+    """True where an expired answer was served on purpose (stale-while-revalidate, stale-if-error)."""
+    attempts: tuple[Attempt, ...] = ()
+    """The failed tries before this reply."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server accepted the call (status below 400)."""
+        return self.status < 400  # noqa: PLR2004 — HTTP's own boundary
+
+    @property
+    def body(self) -> Any:
+        """The decoded JSON body, a fresh object each time (so changing it reaches nobody else); a function's value."""
+        if self.data is None:
+            return self.native
+        return msgspec.json.decode(self.data)
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice ("" for a pure tool call or an embedding)."""
+        return text_of(self.body) if self.data is not None else ""
+
+    def header(self, name: str) -> str | None:
+        """The first response header of that (lower-case) name."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def replace(self, **changes: Any) -> Reply:
+        """A copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+
+class Handler(Protocol):
+    """Anything that answers a call: a layer bound to what is inside it, or an endpoint."""
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer one call."""
+        ...
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of one item of a batch: exactly one of `reply` and `error` is set."""
+
+    reply: Reply | None = None
+    error: Exception | LLMMWError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the item has an answer."""
+        return self.error is None
+
+    @property
+    def text(self) -> str:
+        """The answer's text; "" for a failed item."""
+        return "" if self.reply is None else self.reply.text

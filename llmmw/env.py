@@ -1,0 +1,100 @@
+"""Clock, randomness and event sinks: the only module that reads time or random.
+
+Layers get an `Env` when they are bound; tests hand them one with a manual clock and a fixed seed
+(`llmmw.testing.ManualClock`). Waiting uses the event loop (`asyncio.timeout`, `clock.sleep`), so a test that
+runs on `llmmw.testing.ManualLoop` controls it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmmw.events import Event
+
+    Sink = Callable[[Event], object]
+
+
+class Clock(Protocol):
+    """Two readings and one wait. `monotonic` is for intervals and memory, `wall` for what is written to disk."""
+
+    def monotonic(self) -> float:
+        """Seconds that never run backwards."""
+        ...
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        ...
+
+    async def sleep(self, delay: float, /) -> None:
+        """Wait that many seconds."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clock."""
+
+    monotonic = staticmethod(time.monotonic)
+    wall = staticmethod(time.time)
+    sleep = staticmethod(asyncio.sleep)
+
+    def __repr__(self) -> str:
+        return "SystemClock()"
+
+
+SYSTEM_CLOCK: Clock = SystemClock()
+_ambient: ContextVar[Clock] = ContextVar("llmmw_clock", default=SYSTEM_CLOCK)
+
+
+def ambient_clock() -> Clock:
+    """The clock that code outside any engine reads (`using(deadline=)`, `Env()`); tests replace it."""
+    return _ambient.get()
+
+
+def set_ambient_clock(clock: Clock) -> Callable[[], None]:
+    """Make `clock` the ambient one in this context; returns what restores the former."""
+    token = _ambient.set(clock)
+    return lambda: _ambient.reset(token)
+
+
+class Env:
+    """What a layer may use of the outside world: `clock`, `rng` and `emit`. One per engine."""
+
+    __slots__ = ("_sinks", "clock", "rng")
+
+    def __init__(self, *, clock: Clock | None = None, seed: int | None = None, sinks: tuple[Sink, ...] = ()) -> None:
+        self.clock: Clock = clock or ambient_clock()
+        self.rng: random.Random = random.Random(seed)
+        self._sinks: list[Sink] = list(sinks)
+
+    def emit(self, event: Event) -> None:
+        """Tell every sink. A sink that raises is a broken observer, never a broken call: it is dropped."""
+        for sink in self._sinks:
+            try:
+                sink(event)
+            except Exception:  # noqa: BLE001 — whatever a user's sink raises must not reach the call
+                self._sinks = [kept for kept in self._sinks if kept is not sink]
+
+    def add_sink(self, sink: Sink) -> None:
+        """Also tell this callable of every event; it must be quick and thread-safe."""
+        self._sinks = [*self._sinks, sink]
+
+    def __repr__(self) -> str:
+        return f"Env(clock={self.clock!r}, sinks={len(self._sinks)})"
+
+
+def variable(name: str, default: str = "") -> str:
+    """An environment variable such as LLMMW_CACHE."""
+    return os.environ.get(name, default)
+
+
+def disabled() -> bool:
+    """Whether LLMMW_DISABLE switches all layers off."""
+    return variable("LLMMW_DISABLE").lower() not in {"", "0", "false", "no"}

@@ -1,0 +1,1 @@
+"""The layers: one frozen settings object and one bound class each."""

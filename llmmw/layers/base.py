@@ -1,0 +1,78 @@
+"""The two shapes every layer has: `Layer`, its frozen settings, and `Bound`, its running state in one engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmmw.call import Call, Handler, Reply
+    from llmmw.env import Env
+    from llmmw.order import Role
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """Settings that can be bound, many times, around a handler. Comparable and printable."""
+
+    @property
+    def role(self) -> Role:
+        """The layer's job, which decides where it may stand."""
+        ...
+
+    def bind(self, inner: Handler, env: Env) -> Bound:
+        """Running state around `inner`; called once per engine (once per endpoint below a router)."""
+        ...
+
+
+@runtime_checkable
+class ForkingLayer(Protocol):
+    """A layer that sends a call to one of several endpoints: what stands inside it is bound once for each."""
+
+    @property
+    def fallbacks(self) -> Sequence[object]:
+        """Endpoints besides the engine's own (anything `endpoints.as_endpoint` accepts)."""
+        ...
+
+    def bind_fork(self, targets: Sequence[Handler], env: Env) -> Bound:
+        """Running state over one handler per endpoint, the engine's own first."""
+        ...
+
+
+class Bound:
+    """A layer's running state: a handler around `inner`, living on the engine's home loop.
+
+    All methods but `peek` and `gauges` run on the home loop, so plain attributes need no lock.
+    """
+
+    def __init__(self, inner: Handler, env: Env) -> None:
+        self.inner = inner
+        self.env = env
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer the call, usually by asking `inner`. A stream's end is seen by wrapping `reply.chunks`."""
+        return await self.inner(call)
+
+    def peek(self, call: Call) -> Reply | None:
+        """An answer that is at hand without waiting; called from any thread. Default: none."""
+        del call
+        return None
+
+    def invalidate(self, call: Call) -> int:
+        """Forget what is stored for this call; returns how many entries went. Default: nothing is stored."""
+        del call
+        return 0
+
+    def rehome(self) -> None:
+        """The home loop changed or the process forked: drop tasks, futures and sockets, keep levels and entries."""
+
+    def closing(self) -> None:
+        """No new calls will come: send what is queued. `aclose` follows when the calls in flight have ended."""
+
+    async def aclose(self) -> None:
+        """Release everything. Idempotent."""
+
+    def gauges(self) -> dict[str, object]:
+        """Readings of the moment for `get_performance_stats()["layers"]`, from any thread."""
+        return {}
