@@ -16,13 +16,13 @@ from llmmw.env import ambient_clock
 from llmmw.settings import seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 
     from llmmw.errors import LLMMWError
 
 __all__ = [
     "NO_CONTEXT", "Attempt", "Call", "Chunk", "Chunks", "Context", "Handler", "Item", "Outcome", "Reply",
-    "Source", "Usage", "current_context", "using",
+    "Source", "Urgency", "Usage", "current_context", "using",
 ]  # fmt: skip
 
 Source = Literal["upstream", "cache", "coalesced", "batch"]
@@ -102,6 +102,47 @@ def using(
         _context.reset(token)
 
 
+class Urgency:
+    """How urgent shared work is now: the smallest priority and the latest deadline of all who wait for it.
+
+    The coalescer puts one on the call of each flight and raises it when somebody more urgent joins; it never sinks.
+    Layers read `call.priority` and `call.deadline`, which look here first; whoever keeps the call in a queue
+    subscribes, to move it up.
+    """
+
+    __slots__ = ("_listeners", "deadline", "priority")
+
+    def __init__(self, priority: int = 0, deadline: float | None = None) -> None:
+        self.priority = priority
+        self.deadline = deadline
+        self._listeners: list[Callable[[], object]] = []
+
+    def join(self, context: Context) -> None:
+        """Somebody with this context waits too; listeners are told if that changes anything."""
+        priority = min(self.priority, context.priority)
+        deadline = self.deadline
+        if deadline is not None:
+            deadline = None if context.deadline is None else max(deadline, context.deadline)
+        if (priority, deadline) == (self.priority, self.deadline):
+            return
+        self.priority, self.deadline = priority, deadline
+        for listener in list(self._listeners):
+            listener()
+
+    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """Call `listener` after every change, on the home loop; the result ends that and may be called twice."""
+        self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
+
+    def __repr__(self) -> str:
+        return f"Urgency(priority={self.priority}, deadline={self.deadline})"
+
+
 class Call(msgspec.Struct, frozen=True):
     """One completion call on its way to an endpoint."""
 
@@ -122,6 +163,24 @@ class Call(msgspec.Struct, frozen=True):
     """Request headers that change the answer (API version, beta flags), lower-case and sorted."""
     inherits_context: bool = False
     """True where the endpoint must run with the caller's context variables (a user's function)."""
+    key: bytes = b""
+    """Sharing key set by the cache layer: calls of one key may have one answer; b"" means not shared."""
+    on_answer: Callable[[Reply], Reply] | None = None
+    """Set by the cache: whoever owns the upstream answer passes it through here, once, before anybody gets it."""
+    urgency: Urgency | None = None
+    """Set by the coalescer on a flight's call; read it through `priority` and `deadline`."""
+    connect_s: float | None = None
+    """Set by Timeout(connect=): the endpoint may spend that long on making a connection."""
+
+    @property
+    def priority(self) -> int:
+        """The call's priority now; smaller runs earlier. A flight's may change, see `Urgency.subscribe`."""
+        return self.context.priority if self.urgency is None else self.urgency.priority
+
+    @property
+    def deadline(self) -> float | None:
+        """The call's deadline now, on the env clock's monotonic scale. A flight's may move later."""
+        return self.context.deadline if self.urgency is None else self.urgency.deadline
 
     def replace(self, **changes: Any) -> Call:
         """A copy with some fields changed."""

@@ -14,7 +14,7 @@ import msgspec
 from llmmw.answer import NO_USAGE, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from llmmw.call import Chunk, Chunks, Reply
 
@@ -89,3 +89,31 @@ def at_end(reply: Reply, on_end: Callable[[End], object]) -> Reply:
         on_end(End("finished", reply.usage))
         return reply
     return reply.replace(chunks=Tap(reply.chunks, on_end))
+
+
+class Replay:
+    """A recorded stream: the same chunks, in order, without waiting; `usage` is final from the start.
+
+    `aclose` ends it early; a replay holds nothing, so dropping it unread is harmless.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], usage: Usage = NO_USAGE) -> None:
+        self._chunks = iter(chunks)
+        self._usage = usage
+
+    @property
+    def usage(self) -> Usage:
+        """What the recorded stream reported at its end."""
+        return self._usage
+
+    def __aiter__(self) -> Replay:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        for chunk in self._chunks:
+            return chunk
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Read no further."""
+        self._chunks = iter(())
