@@ -1,0 +1,5 @@
+"""``python -m llmmw.testing.server``."""
+
+from .cli import main
+
+raise SystemExit(main())
