@@ -102,6 +102,10 @@ class Stats:
             with self._lock:
                 fold(event)
 
+    def after_fork(self) -> None:
+        """The lock may have been held by a thread that does not exist in the child."""
+        self._lock = threading.Lock()
+
     def snapshot(self, gauges: dict[str, dict[str, object]] | None = None) -> dict[str, Any]:
         """The figures as plain values; `gauges` (per layer, read by the engine) are merged into `layers`."""
         with self._lock:

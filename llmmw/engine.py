@@ -1,0 +1,407 @@
+"""A bound stack: it answers calls, keeps the figures and owns every lifetime.
+
+`Stack.bind` builds it; edges call it. Its home loop is explained in `home.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, Self
+
+from llmmw.answer import NO_USAGE
+from llmmw.errors import Closed
+from llmmw.events import CallEnded, CallStarted
+from llmmw.home import Home
+from llmmw.stats import Stats
+from llmmw.stream import Tap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from llmmw.answer import Usage
+    from llmmw.call import Call, Chunk, Chunks, Handler, Reply
+    from llmmw.endpoints.base import Endpoint
+    from llmmw.env import Env
+    from llmmw.events import CallResult
+    from llmmw.layers.base import Bound
+    from llmmw.stream import End
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+DRAIN_S = 30.0
+"""How long `aclose` waits for calls in flight before it cancels them."""
+
+
+class Engine:
+    """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
+
+    Args:
+        handler: the outermost handler.
+        bounds: every bound layer with its role, outermost first.
+        endpoints: every endpoint, the engine's own first.
+        env: clock, randomness and sinks; statistics are added as a sink.
+        hit_source: the bound layer whose `peek` may answer without the home loop, if hits need nothing else.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        bounds: Sequence[tuple[str, Bound]],
+        endpoints: Sequence[Endpoint],
+        env: Env,
+        hit_source: Bound | None,
+    ) -> None:
+        self._handler = handler
+        self._bounds = tuple(bounds)
+        self._endpoints = tuple(endpoints)
+        self._hit_source = hit_source
+        self.env = env
+        self._stats = Stats()
+        env.add_sink(self._stats)
+        self._home = Home(self._leave, self._rehome)
+        self._calls: dict[int, asyncio.Task[Any] | None] = {}
+        self._next_id = 0
+        self._closed = False
+        self._released = False
+        self._closing: asyncio.Task[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._cancelled_by_close: set[asyncio.Task[Any]] = set()
+        for endpoint in self._endpoints:
+            endpoint.start(env)
+        _engines.add(self)
+
+    # ── calls ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def call(self, call: Call) -> Reply:
+        """Answer a call from any event loop.
+
+        Raises:
+            Closed: the engine was closed.
+            LLMMWError: what the layers and the endpoint raise; a user function's own exceptions come through as is.
+        """
+        if self._closed:
+            raise _closed_error()
+        if self._home.adopt():
+            return await self._serve(call)
+        reply = self._peek(call)
+        if reply is not None:
+            return reply
+        reply = await self._home.run(lambda: self._serve(call))
+        return reply if reply.chunks is None else reply.replace(chunks=BridgedChunks(self._home, reply.chunks))
+
+    def call_sync(self, call: Call) -> Reply:
+        """Answer a call from plain code; a stream's chunks are then read with `next_chunk_sync`.
+
+        Raises:
+            ConfigError: called on the home loop's own thread.
+            Closed: the engine was closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        reply = self._peek(call)
+        if reply is not None:
+            return reply
+        reply = self._home.run_sync(lambda: self._serve(call))
+        return reply if reply.chunks is None else reply.replace(chunks=BridgedChunks(self._home, reply.chunks))
+
+    def _peek(self, call: Call) -> Reply | None:
+        if self._hit_source is None or call.stream:
+            return None
+        began = self.env.clock.monotonic()
+        reply = self._hit_source.peek(call)
+        if reply is not None:
+            agent = call.context.agent
+            self.env.emit(CallStarted(agent))
+            took = self.env.clock.monotonic() - began
+            self.env.emit(CallEnded("hit", took, agent, reply.usage))
+        return reply
+
+    async def _serve(self, call: Call) -> Reply:
+        """One call on the home loop, counted from start to the end of its body."""
+        if self._closed:
+            raise _closed_error()
+        env, agent, task = self.env, call.context.agent, asyncio.current_task()
+        began = env.clock.monotonic()
+        self._next_id = number = self._next_id + 1
+        self._calls[number] = task
+        env.emit(CallStarted(agent))
+        try:
+            reply = await self._handler(call)
+        except BaseException as error:
+            result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+            self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
+            if isinstance(error, asyncio.CancelledError) and self._was_cancelled_by_close(task):
+                raise _closed_error() from None
+            raise
+        if reply.chunks is None:
+            result, error_name = _result_of(reply)
+            self._finish(number, result, began, agent, reply.usage, error_name)
+            return reply
+        self._calls[number] = None  # read by whoever holds the stream, in any task
+
+        def ended(end: End) -> None:
+            result, error_name = _result_of(reply)
+            if end.how == "failed":
+                result, error_name = "failed", type(end.error).__name__
+            elif end.how != "finished":
+                result = "cancelled"
+            self._finish(number, result, began, agent, end.usage, error_name)
+
+        return reply.replace(chunks=GuardedChunks(reply.chunks, ended))
+
+    def _finish(
+        self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
+    ) -> None:
+        self._calls.pop(number, None)
+        self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
+        if self._idle is not None and not self._calls and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _was_cancelled_by_close(self, task: asyncio.Task[Any] | None) -> bool:
+        if task is None or task not in self._cancelled_by_close:
+            return False
+        self._cancelled_by_close.discard(task)
+        return task.uncancel() == 0
+
+    # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get_performance_stats(self) -> dict[str, Any]:
+        """Counters, sums and percentiles since the engine was made, as plain values; see the README for each key."""
+        gauges: dict[str, dict[str, object]] = {}
+        for role, bound in self._bounds:
+            found = bound.gauges()
+            if found:
+                gauges.setdefault(role, {}).update(found)
+        return self._stats.snapshot(gauges)
+
+    def invalidate(self, call: Call) -> int:
+        """Forget the stored answer to a call; a fill in flight does not bring it back. Returns entries removed."""
+
+        async def on_home() -> int:
+            return self._invalidate(call)
+
+        if self._home.loop is None or self._on_home_thread():
+            return self._invalidate(call)
+        return self._home.run_sync(on_home)
+
+    def _invalidate(self, call: Call) -> int:
+        return sum(bound.invalidate(call) for _, bound in self._bounds)
+
+    def _on_home_thread(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._home.loop
+        except RuntimeError:
+            return False
+
+    def tick(self) -> None:
+        """Every agent of the step has asked: flush what waits for batch mates. From any thread."""
+        loop = self._home.loop
+        if loop is not None and not loop.is_closed():
+            for _, bound in self._bounds:
+                flush = getattr(bound, "tick", None)
+                if flush is not None:
+                    loop.call_soon_threadsafe(flush)
+
+    # ── lifetime ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closed
+
+    async def aclose(self, *, drain_timeout: float = DRAIN_S) -> None:
+        """Refuse new calls, wait for those in flight, then release everything. Idempotent, from any loop."""
+        self._closed = True
+        if not self._released:
+            await self._home.run(lambda: self._close_here(drain_timeout))
+        self._home.stop_thread()
+
+    def close(self, *, drain_timeout: float = DRAIN_S) -> None:
+        """`aclose` for plain code.
+
+        Raises:
+            ConfigError: called on the home loop's own thread; use `await aclose()` there.
+        """
+        self._home.refuse_own_thread()
+        self._closed = True
+        if not self._released:
+            self._home.run_sync(lambda: self._close_here(drain_timeout))
+        self._home.stop_thread()
+
+    async def _close_here(self, drain_timeout: float) -> None:
+        if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
+            self._closing = asyncio.get_running_loop().create_task(self._close(asyncio.current_task(), drain_timeout))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, closer: asyncio.Task[Any] | None, drain_timeout: float) -> None:
+        for _, bound in self._bounds:
+            bound.closing()
+        own = [number for number, task in self._calls.items() if task is closer and task is not None]
+        for number in own:  # closed from inside a call: it cannot wait for itself
+            del self._calls[number]
+        await self._drain(drain_timeout)
+        for _, bound in self._bounds:
+            await bound.aclose()
+        for endpoint in self._endpoints:
+            await endpoint.aclose()
+        self._released = True
+        await self._home.settle_down()
+
+    async def _drain(self, drain_timeout: float) -> None:
+        if not self._calls:
+            return
+        self._idle = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._idle], timeout=drain_timeout)
+        tasks = {task for task in self._calls.values() if task is not None}
+        self._cancelled_by_close |= tasks
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait([self._idle], timeout=drain_timeout)
+
+    async def _leave(self) -> None:
+        """The home loop shuts down without `aclose`: drop sockets and tasks there, keep entries and levels."""
+        self._rehome()
+        await self.env.clock.sleep(0)  # transports close in the next turn
+
+    def _rehome(self) -> None:
+        self._idle = None
+        self._calls.clear()
+        for _, bound in self._bounds:
+            bound.rehome()
+        for endpoint in self._endpoints:
+            endpoint.rehome()
+
+    def after_fork(self) -> None:
+        """In a forked child: nothing of the parent's loop, threads and sockets is ours."""
+        self._home.after_fork()
+        self._stats.after_fork()
+        self._closing = None
+        self._cancelled_by_close.clear()
+        self._rehome()
+
+    async def __aenter__(self) -> Self:
+        self._home.adopt()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        self._home.adopt_thread()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        layers = " > ".join(role for role, _ in self._bounds)
+        where = ", ".join(endpoint.name for endpoint in self._endpoints)
+        return f"Engine({layers or 'no layers'} -> {where}{', closed' if self._closed else ''})"
+
+
+def _closed_error() -> Closed:
+    return Closed("this engine is closed; make a new one (or keep it open with `async with` / `with`)")
+
+
+def _result_of(reply: Reply) -> tuple[CallResult, str]:
+    if not reply.ok:
+        return "failed", f"status {reply.status}"
+    if reply.source == "cache":
+        return "hit", ""
+    return ("coalesced", "") if reply.source == "coalesced" else ("upstream", "")
+
+
+class GuardedChunks:
+    """The outermost stream: a reader that drops it unread releases everything all the same."""
+
+    def __init__(self, inner: Chunks, on_end: Callable[[End], None]) -> None:
+        self._over = False
+        self._loop = asyncio.get_running_loop()
+
+        def ended(end: End) -> None:
+            guard = this()
+            if guard is not None:
+                guard._over = True  # noqa: SLF001 — our own
+            on_end(end)
+
+        self._tap = Tap(inner, ended)
+        this = weakref.ref(self)
+
+    @property
+    def usage(self) -> Usage:
+        """What the stream reported so far."""
+        return self._tap.usage
+
+    def __aiter__(self) -> GuardedChunks:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await self._tap.__anext__()
+
+    async def aclose(self) -> None:
+        """Stop reading and release everything."""
+        await self._tap.aclose()
+
+    def __del__(self) -> None:
+        if not self._over and not self._loop.is_closed():
+            loop, tap = self._loop, self._tap
+            loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
+
+
+class BridgedChunks:
+    """A stream that lives on the home loop, read from elsewhere: from another loop, or from plain code."""
+
+    def __init__(self, home: Home, inner: Chunks) -> None:
+        self._home = home
+        self._inner = inner
+
+    @property
+    def usage(self) -> Usage:
+        """What the stream reported so far."""
+        return self._inner.usage
+
+    def __aiter__(self) -> BridgedChunks:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        found = await self._home.run(self._next, repeat=False)
+        if found is None:
+            raise StopAsyncIteration
+        return found
+
+    async def aclose(self) -> None:
+        """Stop reading and release the stream on its own loop."""
+        await self._home.run(self._inner.aclose, repeat=False)
+
+    def next_sync(self) -> Chunk | None:
+        """The next chunk, or None at the end, from plain code."""
+        return self._home.run_sync(self._next, repeat=False)
+
+    def close_sync(self) -> None:
+        """`aclose` from plain code."""
+        self._home.run_sync(self._inner.aclose, repeat=False)
+
+    async def _next(self) -> Chunk | None:
+        # StopAsyncIteration cannot cross a future, so the end travels as None.
+        try:
+            return await self._inner.__anext__()
+        except StopAsyncIteration:
+            return None
+
+
+def _after_fork_in_child() -> None:
+    for engine in list(_engines):
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,226 @@
+"""The stack: layers in a checked order, as an immutable value. Bound to an endpoint it becomes an `Engine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmmw import order
+from llmmw.engine import Engine
+from llmmw.env import Env, disabled
+from llmmw.errors import ConfigError
+from llmmw.layers.base import ForkingLayer, Layer
+from llmmw.order import Finding, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from llmmw.call import Handler
+    from llmmw.endpoints.base import Endpoint
+    from llmmw.layers.base import Bound
+
+_TRANSPARENT_TO_HITS = {Role.DEADLINE}
+"""Layers outside the cache that have nothing to do for a call that is answered at once."""
+
+
+class Stack:
+    """Layers, outermost first. Immutable: every change makes a new stack, checked again.
+
+    Args:
+        layers: each role at most once, in an order that `llmmw.order.RULES` accepts.
+        allow: ids of rules to leave unenforced.
+
+    Raises:
+        OrderError: the order breaks a rule; the message says which and why.
+        ConfigError: something is not a layer, or `allow` names no rule.
+    """
+
+    __slots__ = ("_allow", "_layers")
+
+    def __init__(self, *layers: Layer, allow: Sequence[str] = ()) -> None:
+        for layer in layers:
+            if isinstance(layer, type) or not isinstance(layer, Layer):
+                hint = f"; write {layer.__name__}(...)" if isinstance(layer, type) else ""
+                raise ConfigError(f"Stack: {layer!r} is not a layer (it needs `role` and `bind(inner, env)`){hint}")
+        self._layers = layers
+        self._allow = (allow,) if isinstance(allow, str) else tuple(allow)
+        order.enforce([layer.role for layer in layers], self._allow)
+
+    @classmethod
+    def recommended(
+        cls,
+        *,
+        deadline: float | str | None = None,
+        cache_ttl: float | str | None = None,
+        cache_directory: str | None = None,
+        sampling: str = "share",
+        fallbacks: Sequence[object] = (),
+        attempts: int = 3,
+        rpm: int | None = None,
+        tpm: int | None = None,
+        concurrency: int | str = 64,
+        timeout: float | str = 120,
+    ) -> Stack:
+        """The stack most programs want; what is not asked for is left out.
+
+        Args:
+            deadline: for a whole call, waiting included (seconds or text).
+            cache_ttl: switches the cache on.
+            cache_directory: keeps cached answers on disk too.
+            sampling: who shares an answer: "share", "lanes" or "deterministic".
+            fallbacks: other endpoints, asked in order when the first fails.
+            attempts: tries per endpoint.
+            rpm: requests per minute.
+            tpm: tokens per minute.
+            concurrency: calls in flight per endpoint.
+            timeout: per attempt (seconds or text).
+
+        Raises:
+            ConfigError: an option's value cannot work.
+        """
+        from llmmw import layers as on  # noqa: PLC0415 — keeps `import llmmw` light
+
+        if cache_ttl is None and cache_directory is not None:
+            raise ConfigError("cache_directory without cache_ttl: say how long answers live, e.g. cache_ttl='12h'")
+        chosen: list[Layer] = []
+        if deadline is not None:
+            chosen.append(on.Deadline(deadline))
+        if cache_ttl is not None:
+            chosen.append(on.TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
+        chosen.append(on.Coalescer())
+        if fallbacks:
+            chosen.append(on.ErrorRouter(fallbacks=tuple(fallbacks)))
+        chosen.append(on.Retry(attempts=attempts))
+        chosen.append(on.CircuitBreaker())
+        chosen.append(on.RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))
+        chosen.append(on.Timeout(timeout))
+        return cls(*chosen)
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Outermost first."""
+        return self._layers
+
+    def check(self) -> tuple[Finding, ...]:
+        """What is broken but allowed, and what is merely unwise; empty for a sound stack."""
+        return tuple(order.find_violations([layer.role for layer in self._layers]))
+
+    def explain(self) -> str:
+        """The stack as text: its layers with settings, the rules that fixed their order, and any findings."""
+        lines = ["call"]
+        per_endpoint = False
+        for layer in self._layers:
+            if order.is_per_endpoint(layer.role) and not per_endpoint and layer.role is not Role.CUSTOM:
+                per_endpoint = True
+                lines.append("  ── below: once per endpoint ──")
+            lines.append(f"  ↓ {layer.role:<10} {layer!r}")
+        lines.append("endpoint")
+        roles = [layer.role for layer in self._layers]
+        rules = [rule for rule in order.RULES if rule.outer in roles and rule.inner in roles]
+        if rules:
+            lines.append("why this order:")
+            lines += [f"  {rule.outer} > {rule.inner}: {rule.why}  [{rule.id}]" for rule in rules]
+        lines += [f"{finding.severity}: {finding.message}  [{finding.rule}]" for finding in self.check()]
+        return "\n".join(lines)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, role: object) -> bool:
+        return any(layer.role == role for layer in self._layers)
+
+    def __getitem__(self, role: Role | str) -> Layer:
+        return self._layers[self._index(role)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stack) and (self._layers, self._allow) == (other._layers, other._allow)
+
+    def __hash__(self) -> int:
+        return hash((self._layers, self._allow))
+
+    def __repr__(self) -> str:
+        allow = f", allow={self._allow!r}" if self._allow else ""
+        return f"Stack({', '.join(map(repr, self._layers))}{allow})"
+
+    # ── changing (into a new stack) ─────────────────────────────────────────────────────────────────────────────
+
+    def inside(self, role: Role | str, layer: Layer) -> Stack:
+        """A stack with `layer` placed directly inside (after) the layer of that role."""
+        at = self._index(role) + 1
+        return Stack(*self._layers[:at], layer, *self._layers[at:], allow=self._allow)
+
+    def outside(self, role: Role | str, layer: Layer) -> Stack:
+        """A stack with `layer` placed directly outside (before) the layer of that role."""
+        at = self._index(role)
+        return Stack(*self._layers[:at], layer, *self._layers[at:], allow=self._allow)
+
+    def replacing(self, role: Role | str, layer: Layer) -> Stack:
+        """A stack with `layer` in place of the layer of that role."""
+        at = self._index(role)
+        return Stack(*self._layers[:at], layer, *self._layers[at + 1 :], allow=self._allow)
+
+    def without(self, role: Role | str) -> Stack:
+        """A stack without the layer of that role."""
+        at = self._index(role)
+        return Stack(*self._layers[:at], *self._layers[at + 1 :], allow=self._allow)
+
+    def _index(self, role: Role | str) -> int:
+        for index, layer in enumerate(self._layers):
+            if layer.role == role:
+                return index
+        present = ", ".join(layer.role for layer in self._layers) or "none"
+        raise ConfigError(f"this stack has no {role!r} layer; it has: {present}")
+
+    # ── using ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def bind(self, endpoint: object, *, env: Env | None = None) -> Engine:
+        """Running state around an endpoint.
+
+        Args:
+            endpoint: an `Endpoint`, a base URL, or an async callable from Call to Reply.
+            env: clock, randomness and sinks; the machine's own by default.
+
+        Raises:
+            ConfigError: the endpoint is none of these.
+        """
+        from llmmw.endpoints import as_endpoint  # noqa: PLC0415 — endpoints load their HTTP engine
+
+        env = env or Env()
+        layers = () if disabled() else self._layers
+        routers = [layer for layer in layers if isinstance(layer, ForkingLayer)]
+        others = [as_endpoint(other) for router in routers for other in router.fallbacks]
+        endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
+        bounds: list[tuple[str, Bound]] = []
+        handlers: list[Handler] = list(endpoints)
+        for layer in reversed(layers):
+            if isinstance(layer, ForkingLayer):
+                bound = layer.bind_fork(handlers, env)
+                bounds.append((str(layer.role), bound))
+                handlers = [bound]
+            else:
+                made = [layer.bind(handler, env) for handler in handlers]
+                bounds += [(str(layer.role), bound) for bound in made]
+                handlers = list(made)
+        bounds.reverse()
+        hits = _hit_source(bounds)
+        return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)
+
+    def wrap(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""
+        from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
+
+        return wrap(function, self, **options)
+
+
+def _hit_source(bounds: Sequence[tuple[str, Bound]]) -> Bound | None:
+    """The cache, if everything outside it lets a hit pass untouched."""
+    for role, bound in bounds:
+        if role == Role.CACHE:
+            return bound
+        if role not in _TRANSPARENT_TO_HITS:
+            return None
+    return None
