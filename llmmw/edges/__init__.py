@@ -1,0 +1,1 @@
+"""How callers come in: as a decorated function, a client, a transport under an SDK, or a wrapped SDK client."""
