@@ -14,7 +14,7 @@ import os
 import secrets
 from pathlib import Path
 
-_SECRET_FILE = "namespace.secret"
+_SECRET_FILE = "namespace.secret"  # noqa: S105 — a file name
 _SECRET_BYTES = 32
 _process_secret = secrets.token_bytes(_SECRET_BYTES)
 

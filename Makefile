@@ -1,0 +1,67 @@
+# Every target sets up what it needs; a fresh machine has only Python and pip. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := llmmw tests benchmarks
+
+.PHONY: help install demo test check bench bench-pool vllm test-vllm cover format pin clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(READY)  ## make .venv with everything the tests need
+
+$(READY): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmmw needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11 install")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)  ## the main job, three ways, on the embedded model server
+	$(BIN)/llmmw demo --json out/demo.json --chart out/demo.png
+
+test: $(READY)  ## all tests that need no vLLM
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, types, import direction
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(READY)  ## what llmmw costs, beside the floors, in one run
+	$(BIN)/python benchmarks/overhead.py
+
+bench-pool: $(READY)  ## the measurement that chose the pool's engine
+	$(BIN)/python benchmarks/pool_engines.py
+
+vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
+	$(BIN)/python benchmarks/vllm_cpu/server.py serve
+
+test-vllm: $(READY)  ## the tests marked vllm, against a real vLLM server
+	$(BIN)/python benchmarks/vllm_cpu/server.py run -- $(BIN)/python -m pytest -m vllm
+
+cover: $(READY)  ## tests with branch coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+
+format: $(READY)  ## rewrite the layout of the code
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+pin: $(READY)  ## compile requirements/dev.in into pinned versions with hashes
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--upgrade -o requirements/dev.txt requirements/dev.in
+
+clean:  ## remove environments and build results
+	rm -rf $(VENV) .venv-* .vllm build dist out .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache
