@@ -1,0 +1,163 @@
+"""Interrupting a wait at a moment: `Until` for one awaitable, `TimedChunks` for every read of a stream.
+
+Unlike `asyncio.timeout` the timer is armed only when the work first suspends (an answer that is at hand pays for
+none), the moment may move later while it runs, and the task's own `cancelling()` count is never touched: what is
+cancelled is the future the work waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+    from llmmw.answer import Usage
+    from llmmw.call import Chunk, Chunks
+    from llmmw.env import Clock
+
+T = TypeVar("T")
+
+_SLACK_S = 0.001
+"""A loop may fire a timer this much early (uvloop rounds to milliseconds); that is due, not a reason to wait again."""
+
+
+class Until(Generic[T]):
+    """Awaits `work`, but not beyond the moment `due()` names; then `work` is cancelled and `error()` raised.
+
+    Args:
+        work: what to await, once.
+        clock: the scale of `due`.
+        due: monotonic seconds (`math.inf` for never); asked when the work suspends and again when that moment came.
+        error: makes the exception for the caller.
+
+    Work that finishes, or fails with an error of its own, in the moment of the interruption keeps its outcome, and a
+    real cancellation of the task stays one.
+    """
+
+    __slots__ = ("_clock", "_due", "_error", "_expired", "_handle", "_told", "_waiting", "_work")
+
+    def __init__(
+        self, work: Awaitable[T], clock: Clock, due: Callable[[], float], error: Callable[[], BaseException]
+    ) -> None:
+        self._work = work
+        self._clock = clock
+        self._due = due
+        self._error = error
+        self._handle: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Future[Any] | None = None
+        self._expired = self._told = False
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """Run the work to its first suspension, arm the timer, then pass everything through by hand."""
+        step = self._work.__await__()
+        try:
+            waiting = next(step)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]  # StopIteration is not generic
+        task = asyncio.current_task()
+        pending = 0 if task is None else task.cancelling()
+        try:
+            self._arm()
+            while True:
+                self._waiting = waiting
+                bare = False
+                if self._expired:
+                    bare = waiting is None and not self._told
+                    self._interrupt()
+                try:
+                    sent = yield waiting
+                except BaseException as raised:  # noqa: BLE001 — passed on into the work as it is
+                    waiting = step.throw(raised)
+                else:
+                    self._told = self._told or bare
+                    waiting = step.throw(asyncio.CancelledError()) if bare else step.send(sent)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]  # as above
+        except asyncio.CancelledError:
+            if not self._expired or (task is not None and task.cancelling() > pending):
+                raise
+            raise self._error() from None
+        finally:
+            self._waiting = None
+            if self._handle is not None:
+                self._handle.cancel()
+
+    def _arm(self) -> None:
+        delay = self._due() - self._clock.monotonic()
+        self._handle = None
+        if delay != float("inf"):
+            self._handle = asyncio.get_running_loop().call_later(max(0.0, delay), self._fire)
+
+    def _fire(self) -> None:
+        if self._due() - self._clock.monotonic() > _SLACK_S:
+            self._arm()
+        else:
+            self._expired = True
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Cancel what the work waits for, once; a future that is done already is let through to the work."""
+        if not self._told and self._waiting is not None:
+            self._told = self._waiting.cancel()
+
+
+class TimedChunks:
+    """A stream whose every read ends at a moment; after an interruption the stream is closed.
+
+    Args:
+        inner: the stream.
+        clock: the scale of `due`.
+        due: as for `Until`, asked at each read.
+        error: makes the exception for the reader.
+        until: the fixed moment, where there is one, by which a second guard for the same moment can be spared.
+    """
+
+    def __init__(
+        self,
+        inner: Chunks,
+        clock: Clock,
+        due: Callable[[], float],
+        error: Callable[[], BaseException],
+        *,
+        until: float | None = None,
+    ) -> None:
+        self._inner = inner
+        self._clock = clock
+        self._due = due
+        self._error = error
+        self.until = until
+
+    @property
+    def usage(self) -> Usage:
+        """What the stream reported so far."""
+        return self._inner.usage
+
+    def __aiter__(self) -> TimedChunks:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        expired = False
+
+        def error() -> BaseException:
+            nonlocal expired
+            expired = True
+            return self._error()
+
+        try:
+            return await Until(self._inner.__anext__(), self._clock, self._due, error)
+        finally:
+            if expired:
+                await self._inner.aclose()
+
+    async def aclose(self) -> None:
+        """Close the stream."""
+        await self._inner.aclose()
+
+
+def until_deadline(inner: Chunks, clock: Clock, until: float, error: Callable[[], BaseException]) -> Chunks:
+    """The stream guarded by a fixed deadline; one that is guarded by the same deadline stays as it is."""
+    if isinstance(inner, TimedChunks) and inner.until == until:
+        return inner
+    return TimedChunks(inner, clock, lambda: until, error, until=until)
