@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
 from llmmw.errors import Closed
@@ -18,7 +18,7 @@ from llmmw.stats import Stats
 from llmmw.stream import Tap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
 
     from llmmw.answer import Usage
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llmmw.events import CallResult
     from llmmw.layers.base import Bound
     from llmmw.stream import End
+
+T = TypeVar("T")
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -107,6 +109,17 @@ class Engine:
             return reply
         reply = self._home.run_sync(lambda: self._serve(call))
         return reply if reply.chunks is None else reply.replace(chunks=BridgedChunks(self._home, reply.chunks))
+
+    def run_sync(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine on the home loop and wait, from plain code.
+
+        Raises:
+            ConfigError: called on the home loop's own thread.
+            Closed: the engine was closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        return self._home.run_sync(make, repeat=False)
 
     def _peek(self, call: Call) -> Reply | None:
         if self._hit_source is None or call.stream:

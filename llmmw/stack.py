@@ -64,7 +64,7 @@ class Stack:
 
         Args:
             deadline: for a whole call, waiting included (seconds or text).
-            cache_ttl: switches the cache on.
+            cache_ttl: switches the cache
             cache_directory: keeps cached answers on disk too.
             sampling: who shares an answer: "share", "lanes" or "deterministic".
             fallbacks: other endpoints, asked in order when the first fails.
@@ -77,22 +77,30 @@ class Stack:
         Raises:
             ConfigError: an option's value cannot work.
         """
-        from llmmw import layers as on  # noqa: PLC0415 — keeps `import llmmw` light
+        # The layers load when they are first needed, so `import llmmw` stays light.
+        from llmmw.layers.breaker import CircuitBreaker  # noqa: PLC0415
+        from llmmw.layers.cache import TTLCache  # noqa: PLC0415
+        from llmmw.layers.coalesce import Coalescer  # noqa: PLC0415
+        from llmmw.layers.deadline import Deadline  # noqa: PLC0415
+        from llmmw.layers.limit import RateLimiter  # noqa: PLC0415
+        from llmmw.layers.retry import Retry  # noqa: PLC0415
+        from llmmw.layers.route import ErrorRouter  # noqa: PLC0415
+        from llmmw.layers.timeout import Timeout  # noqa: PLC0415
 
         if cache_ttl is None and cache_directory is not None:
             raise ConfigError("cache_directory without cache_ttl: say how long answers live, e.g. cache_ttl='12h'")
         chosen: list[Layer] = []
         if deadline is not None:
-            chosen.append(on.Deadline(deadline))
+            chosen.append(Deadline(deadline))
         if cache_ttl is not None:
-            chosen.append(on.TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
-        chosen.append(on.Coalescer())
+            chosen.append(TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
+        chosen.append(Coalescer())
         if fallbacks:
-            chosen.append(on.ErrorRouter(fallbacks=tuple(fallbacks)))
-        chosen.append(on.Retry(attempts=attempts))
-        chosen.append(on.CircuitBreaker())
-        chosen.append(on.RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))
-        chosen.append(on.Timeout(timeout))
+            chosen.append(ErrorRouter(fallbacks=tuple(fallbacks)))
+        chosen.append(Retry(attempts=attempts))
+        chosen.append(CircuitBreaker())
+        chosen.append(RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))
+        chosen.append(Timeout(timeout))
         return cls(*chosen)
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,7 +218,7 @@ class Stack:
         return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)
 
     def wrap(self, function: Callable[..., Any], **options: Any) -> Any:
-        """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""
+        """Put the stack around a sync function, async function or async generator; see `llmmw.edges.functiwrap`."""
         from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
 
         return wrap(function, self, **options)

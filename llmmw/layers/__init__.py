@@ -1,1 +1,1 @@
-"""The layers: one frozen settings object and one bound class each."""
+"""The layers: one frozen settings object and one bound class each. Import them from `llmmw`."""

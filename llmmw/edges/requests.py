@@ -1,0 +1,183 @@
+"""What `Client` and `SyncClient` share: keyword arguments become calls, replies become answers or errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from llmmw.answer import NO_USAGE, Usage, finish_reasons, text_of, usage_of
+from llmmw.call import Call, Context, Reply, current_context
+from llmmw.env import ambient_clock
+from llmmw.errors import ConfigError
+from llmmw.fault import error_of
+from llmmw.identity import Namespaces
+from llmmw.order import Role
+from llmmw.settings import seconds
+from llmmw.sse import SSEParser
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from llmmw.call import Chunk
+    from llmmw.stack import Stack
+
+_ANSWER_HEADERS = frozenset({"anthropic-version", "anthropic-beta", "openai-beta", "openai-organization"})
+"""Request headers that may change the answer, hence part of the cache key."""
+
+
+class Piece(str):
+    """A piece of a streamed answer: a str of the text it adds ("" where it adds none) with the whole event."""
+
+    __slots__ = ("body", "usage")
+
+    body: Any
+    """The decoded event."""
+    usage: Usage
+    """Reported usage, in the event that carries it (usually the last)."""
+
+    @classmethod
+    def of(cls, event: Any, usage: Usage = NO_USAGE) -> Piece:
+        """The piece for one event."""
+        piece = cls(text_of(event))
+        piece.body = event
+        piece.usage = usage
+        return piece
+
+    @property
+    def text(self) -> str:
+        """The text this piece adds."""
+        return str(self)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the model stopped, in the piece that says so."""
+        return next(iter(finish_reasons(self.body)), None)
+
+
+class PieceReader:
+    """Server-sent events, cut anywhere, as pieces."""
+
+    def __init__(self) -> None:
+        self._parser = SSEParser()
+
+    def feed(self, chunk: Chunk) -> Iterator[Piece]:
+        """The pieces that this chunk completes."""
+        if not isinstance(chunk, bytes):
+            raise TypeError("an HTTP stream carries bytes")
+        for event in self._parser.feed(chunk):
+            if event.data != b"[DONE]":
+                body = msgspec.json.decode(event.data)
+                yield Piece.of(body, usage_of(body))
+
+
+class RequestBuilder:
+    """Builds the calls of one client.
+
+    Args:
+        target: the endpoint's identity.
+        credential: what namespaces are derived from.
+        stack: tells where the cache (and so the namespace secret) lives.
+        model: used where a call names none.
+        tenant: takes the credential's place in the namespace.
+    """
+
+    def __init__(
+        self, *, target: str, credential: str | None, stack: Stack, model: str | None, tenant: str | None
+    ) -> None:
+        self._target = target
+        self._credential = credential
+        self._model = model
+        self._tenant = tenant
+        directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
+        self._namespaces = Namespaces(directory)
+
+    def chat(self, model: str | None, messages: object, fields: dict[str, Any], *, stream: bool = False) -> Call:
+        """A chat call; a plain string becomes one user message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not messages:
+            raise ConfigError(f"chat(messages={messages!r}): expected a text or a non-empty list of messages")
+        return self._call("chat", model, {"messages": messages}, fields, stream=stream)
+
+    def complete(self, model: str | None, prompt: object, fields: dict[str, Any], *, stream: bool = False) -> Call:
+        """A text completion."""
+        return self._call("complete", model, {"prompt": prompt}, fields, stream=stream)
+
+    def embed(self, model: str | None, text: object, fields: dict[str, Any]) -> Call:
+        """Embeddings of a text or a list of texts."""
+        return self._call("embed", model, {"input": text}, fields)
+
+    def any(self, request: Mapping[str, Any], common: Mapping[str, Any], *, stream: bool = False) -> Call:
+        """The call that a request's keys ask for: `messages` chat, `prompt` complete, `input` embed.
+
+        Raises:
+            ConfigError: not exactly one of these keys.
+        """
+        fields = {**common, **request}
+        model = fields.pop("model", None)
+        kinds = [key for key in ("messages", "prompt", "input") if key in fields]
+        if len(kinds) != 1:
+            raise ConfigError(f"a request needs exactly one of messages, prompt, input; got {sorted(fields)}")
+        value = fields.pop(kinds[0])
+        if kinds[0] == "messages":
+            return self.chat(model, value, fields, stream=stream)
+        if kinds[0] == "prompt":
+            return self.complete(model, value, fields, stream=stream)
+        return self.embed(model, value, fields)
+
+    def _call(
+        self, op: str, model: str | None, body: dict[str, Any], fields: dict[str, Any], *, stream: bool = False
+    ) -> Call:
+        name = model if model is not None else self._model
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"model={name!r}: name the model in the call or in Client(model=...)")
+        if "stream" in fields:
+            raise ConfigError("stream is not a field here: iterate client.stream(...) for a stream")
+        body = {"model": name, **body, **fields}
+        body.update(body.pop("extra_body", None) or {})
+        context = current_context()
+        timeout = body.pop("timeout", None)
+        if timeout is not None:
+            context = _with_deadline(context, timeout)
+        extra: dict[str, str] = body.pop("extra_headers", None) or {}
+        headers = tuple((name.lower(), value) for name, value in extra.items())
+        if stream:
+            body["stream"] = True
+            body.setdefault("stream_options", {"include_usage": True})
+        namespace = self._namespaces.of(self._credential, context.tenant or self._tenant)
+        variant = tuple(sorted(pair for pair in headers if pair[0] in _ANSWER_HEADERS))
+        return Call(op, name, body, stream, context, headers or None, self._target, namespace, variant)
+
+
+def _with_deadline(context: Context, timeout: float | str) -> Context:
+    until = ambient_clock().monotonic() + seconds("timeout", timeout)
+    if context.deadline is not None:
+        until = min(until, context.deadline)
+    return msgspec.structs.replace(context, deadline=until)
+
+
+def answer_of(reply: Reply) -> Reply:
+    """The reply itself, if the server accepted the call.
+
+    Raises:
+        StatusError: it did not.
+    """
+    if not reply.ok:
+        raise error_of(reply)
+    return reply
+
+
+def prompts_as_requests(prompts: Iterable[object] | None, messages: Iterable[object] | None) -> list[dict[str, object]]:
+    """The items of `generate_batch` as requests.
+
+    Raises:
+        ConfigError: both, or neither, of the two were given.
+    """
+    if (prompts is None) == (messages is None):
+        raise ConfigError("generate_batch: give exactly one of prompts=[...] and messages=[[...], ...]")
+    if prompts is not None:
+        if isinstance(prompts, str):
+            raise ConfigError("generate_batch(prompts=<str>): expected a list of prompts")
+        return [{"prompt": prompt} for prompt in prompts]
+    return [{"messages": conversation} for conversation in messages or ()]
