@@ -171,6 +171,8 @@ class Call(msgspec.Struct, frozen=True):
     """Set by the coalescer on a flight's call; read it through `priority` and `deadline`."""
     connect_s: float | None = None
     """Set by Timeout(connect=): the endpoint may spend that long on making a connection."""
+    direct: bool = False
+    """Straight to the engine's endpoint, past every layer: for what is no completion (files, model lists, audio)."""
 
     @property
     def priority(self) -> int:
