@@ -160,6 +160,10 @@ class ConnectionFailed(UpstreamError):
     """No connection, or none from the pool in time: the request was not sent."""
 
 
+class PoolTimeout(ConnectionFailed):
+    """Our own pool had no connection free in time: not sent, and no sign of a sick endpoint."""
+
+
 class StaleConnection(UpstreamError):
     """A kept-alive connection died before any byte of the response."""
 
