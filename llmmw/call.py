@@ -171,6 +171,10 @@ class Call(msgspec.Struct, frozen=True):
     """Set by the coalescer on a flight's call; read it through `priority` and `deadline`."""
     connect_s: float | None = None
     """Set by Timeout(connect=): the endpoint may spend that long on making a connection."""
+    tries_left: int | None = None
+    """Set by the router: how many attempts the layers inside may still make (None: as many as they like)."""
+    rate_wait_s: float | None = None
+    """Set by the router while another endpoint could answer: a longer wait for a rate limit is not worth it."""
     direct: bool = False
     """Straight to the engine's endpoint, past every layer: for what is no completion (files, model lists, audio)."""
 
@@ -255,7 +259,11 @@ class Reply(msgspec.Struct, frozen=True):
     stale: bool = False
     """True where an expired answer was served on purpose (stale-while-revalidate, stale-if-error)."""
     attempts: tuple[Attempt, ...] = ()
-    """The failed tries before this reply."""
+    """The failed tries before this reply; of a refusal also the one that it answers."""
+    fallback: bool = False
+    """True where another endpoint than the call's own answered, so the answer is not the primary's (SPEC route-18)."""
+    exchange: int = 0
+    """Number of the request that carried several calls: outcomes of one exchange are judged once. 0: its own."""
 
     @property
     def ok(self) -> bool:

@@ -65,14 +65,28 @@ def set_ambient_clock(clock: Clock) -> Callable[[], None]:
 
 
 class Env:
-    """What a layer may use of the outside world: `clock`, `rng` and `emit`. One per engine."""
+    """What a layer may use of the outside world: `clock`, `rng` and `emit`. One per engine.
 
-    __slots__ = ("_sinks", "clock", "rng")
+    `capabilities` is what the endpoint inside the layer can do (its own `capabilities` attribute, if it has one):
+    "batch:chat" and "batch:complete" (many calls in one request), "idempotent" (repeating a lost call costs nothing
+    but computing time, as at a local vLLM). Empty for layers above a router.
+    """
+
+    __slots__ = ("_sinks", "capabilities", "clock", "rng")
 
     def __init__(self, *, clock: Clock | None = None, seed: int | None = None, sinks: tuple[Sink, ...] = ()) -> None:
         self.clock: Clock = clock or ambient_clock()
         self.rng: random.Random = random.Random(seed)
         self._sinks: list[Sink] = list(sinks)
+        self.capabilities: frozenset[str] = frozenset()
+
+    def endowed(self, capabilities: frozenset[str]) -> Env:
+        """The same env (clock, randomness, sinks added later too) with an endpoint's capabilities."""
+        if not capabilities:
+            return self
+        found = Env(clock=self.clock, sinks=(self.emit,))
+        found.rng, found.capabilities = self.rng, capabilities
+        return found
 
     def emit(self, event: Event) -> None:
         """Tell every sink. A sink that raises is a broken observer, never a broken call: it is dropped."""

@@ -34,6 +34,8 @@ class LLMMWError(Exception):
 
     attempts: tuple[Attempt, ...] = ()
     """Every try that was made, oldest first."""
+    exchange: int = 0
+    """Number of the request that carried several calls (see `Reply.exchange`)."""
 
     def __init__(self, message: str = "", *, attempts: tuple[Attempt, ...] = ()) -> None:
         super().__init__(message)
@@ -170,6 +172,10 @@ class StaleConnection(UpstreamError):
 
 class AmbiguousOutcome(UpstreamError):
     """Sent, then lost: the server may have done (and billed) the work, so it is not repeated by itself."""
+
+
+class AmbiguousTimeout(AmbiguousOutcome, UpstreamTimeout):
+    """A time-out after sending that was not repeated, because the work may be done and billed."""
 
 
 class ProtocolError(UpstreamError):

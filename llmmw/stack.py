@@ -204,13 +204,14 @@ class Stack:
         endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
         bounds: list[tuple[str, Bound]] = []
         handlers: list[Handler] = list(endpoints)
+        envs = [env.endowed(frozenset(getattr(endpoint, "capabilities", ()))) for endpoint in endpoints]
         for layer in reversed(layers):
             if isinstance(layer, ForkingLayer):
                 bound = layer.bind_fork(handlers, env)
                 bounds.append((str(layer.role), bound))
-                handlers = [bound]
+                handlers, envs = [bound], [env]
             else:
-                made = [layer.bind(handler, env) for handler in handlers]
+                made = [layer.bind(handler, own) for handler, own in zip(handlers, envs, strict=True)]
                 bounds += [(str(layer.role), bound) for bound in made]
                 handlers = list(made)
         bounds.reverse()
@@ -218,7 +219,7 @@ class Stack:
         return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)
 
     def wrap(self, function: Callable[..., Any], **options: Any) -> Any:
-        """Put the stack around a sync function, async function or async generator; see `llmmw.edges.functiwrap`."""
+        """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""
         from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
 
         return wrap(function, self, **options)

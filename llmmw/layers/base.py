@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
@@ -62,6 +62,17 @@ class Bound:
     def invalidate(self, call: Call) -> int:
         """Forget what is stored for this call; returns how many entries went. Default: nothing is stored."""
         del call
+        return 0
+
+    paces: ClassVar[bool] = False
+    """True for a layer that holds calls back until the endpoint's rate limit lets them through."""
+
+    def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
+        """The endpoint was declared dead for calls like this one (same target and model): fail those that wait here.
+
+        Only what was not sent may be failed; permits and tokens go back. Returns how many. Default: nothing waits.
+        """
+        del call, make_error
         return 0
 
     def rehome(self) -> None:
