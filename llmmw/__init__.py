@@ -122,4 +122,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
 
 
-__all__ = sorted(["__version__", *_HOME_OF])  # pyright: ignore[reportUnsupportedDunderAll]  # one list of names, above
+__all__ = sorted(["__version__", *_HOME_OF])  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list

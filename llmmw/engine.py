@@ -122,7 +122,7 @@ class Engine:
         return self._home.run_sync(make, repeat=False)
 
     def _peek(self, call: Call) -> Reply | None:
-        if self._hit_source is None or call.stream:
+        if self._hit_source is None or call.stream or call.direct:
             return None
         began = self.env.clock.monotonic()
         reply = self._hit_source.peek(call)
@@ -143,7 +143,7 @@ class Engine:
         self._calls[number] = task
         env.emit(CallStarted(agent))
         try:
-            reply = await self._handler(call)
+            reply = await (self._endpoints[0] if call.direct else self._handler)(call)
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)

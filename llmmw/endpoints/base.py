@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from llmmw.events import UpstreamEnded, UpstreamStarted
+from llmmw.stream import at_end
+
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from llmmw.call import Call, Reply
     from llmmw.env import Env
+    from llmmw.stream import End
 
 
 @runtime_checkable
@@ -38,3 +44,20 @@ class Endpoint(Protocol):
     async def aclose(self) -> None:
         """Release connections. Idempotent."""
         ...
+
+
+async def counted(env: Env, name: str, call: Call, work: Callable[[Call], Awaitable[Reply]]) -> Reply:
+    """One attempt, told as UpstreamStarted and, at the end of its body, UpstreamEnded; service time is filled in."""
+    agent, began = call.context.agent, env.clock.monotonic()
+    env.emit(UpstreamStarted(name, agent))
+    try:
+        reply = await work(call)
+    except BaseException:
+        env.emit(UpstreamEnded(name, ok=False, duration_s=env.clock.monotonic() - began, agent=agent))
+        raise
+
+    def ended(end: End) -> None:
+        ok = reply.ok and end.how == "finished"
+        env.emit(UpstreamEnded(name, ok, env.clock.monotonic() - began, end.usage, agent))
+
+    return at_end(reply.replace(endpoint=name, service_s=env.clock.monotonic() - began), ended)

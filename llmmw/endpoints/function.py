@@ -8,8 +8,7 @@ import msgspec
 
 from llmmw.answer import NO_USAGE, Usage, usage_of
 from llmmw.call import Item, Reply
-from llmmw.events import UpstreamEnded, UpstreamStarted
-from llmmw.stream import at_end
+from llmmw.endpoints.base import counted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from llmmw.call import Call, Chunk
     from llmmw.codec import Codec
     from llmmw.env import Env
-    from llmmw.stream import End
 
 FunctionKind = Literal["sync", "async", "async generator"]
 
@@ -56,30 +54,16 @@ class FunctionEndpoint:
 
     async def __call__(self, call: Call, /) -> Reply:
         """Run the function once."""
-        env, agent = self._env, call.context.agent
-        if env is None:
+        if self._env is None:
             raise RuntimeError("FunctionEndpoint used before start()")
+        return await counted(self._env, self.name, call, self._answer)
+
+    async def _answer(self, call: Call) -> Reply:
         invocation: Invocation = call.native
-        began = env.clock.monotonic()
-        env.emit(UpstreamStarted(self.name, agent))
-
-        def ended(end: End) -> None:
-            took = env.clock.monotonic() - began
-            env.emit(UpstreamEnded(self.name, end.how == "finished", took, end.usage, agent))
-
         if self._kind == "async generator":
-            values = self._function(*invocation.args, **invocation.kwargs)
-            return at_end(Reply(chunks=ValueChunks(values, self._codec), endpoint=self.name), ended)
-        try:
-            value = await self._run(invocation)
-        except BaseException:
-            env.emit(UpstreamEnded(self.name, ok=False, duration_s=env.clock.monotonic() - began))
-            raise
-        took = env.clock.monotonic() - began
-        reply = Reply(
-            data=self._codec.encode(value), native=value, usage=usage_in(value), endpoint=self.name, service_s=took
-        )
-        return at_end(reply, ended)
+            return Reply(chunks=ValueChunks(self._function(*invocation.args, **invocation.kwargs), self._codec))
+        value = await self._run(invocation)
+        return Reply(data=self._codec.encode(value), native=value, usage=usage_in(value))
 
     async def _run(self, invocation: Invocation) -> Any:
         if self._kind == "async":

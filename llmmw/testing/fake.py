@@ -10,8 +10,8 @@ import msgspec
 
 from llmmw.answer import NO_USAGE, Usage, usage_of
 from llmmw.call import Call, Context, Reply
+from llmmw.endpoints.base import counted
 from llmmw.env import Env
-from llmmw.events import UpstreamEnded, UpstreamStarted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -130,23 +130,19 @@ class FakeUpstream:
         """Answer from the script."""
         self.calls.append(call)
         number = len(self.calls)
-        began = self._env.clock.monotonic()
-        self._env.emit(UpstreamStarted(self.name, call.context.agent))
+        return await counted(self._env, self.name, call, lambda call: self._serve(call, number))
+
+    async def _serve(self, call: Call, number: int) -> Reply:
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
-        ok, usage = False, NO_USAGE
         try:
             await asyncio.sleep(self.latency_s)
-            reply = await self._answer(call, number)
-            ok, usage = reply.ok, reply.usage
-            return reply.replace(endpoint=self.name, service_s=self._env.clock.monotonic() - began)
+            return await self._answer(call, number)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         finally:
             self.in_flight -= 1
-            took = self._env.clock.monotonic() - began
-            self._env.emit(UpstreamEnded(self.name, ok, took, usage, call.context.agent))
 
     async def _answer(self, call: Call, number: int) -> Reply:
         answer = self._script.pop(0) if self._script else None
