@@ -106,10 +106,10 @@ class ModelServer:
         listener, self._listener = self._listener, None
         if server is not None:
             server.close()
-        for task in self._tasks:
+        for task in [*self._tasks]:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait([*self._tasks])
         if listener is not None:
             listener.pre_shutdown()  # idle connections end at once
             await listener.shutdown(0.05)
@@ -164,13 +164,14 @@ class ModelServer:
         task = asyncio.current_task()
         if task is not None:
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         record.outcome = "aborted"
         try:
             return await self._serve(route, request, record)
         except (ConnectionError, ClientError):
             return web.Response()  # the client is gone; aiohttp notices when it writes this
         finally:
+            if task is not None:
+                self._tasks.discard(task)
             core.stats.end(record, record.outcome)
             if core.watched:
                 core.notify()
@@ -185,7 +186,7 @@ class ModelServer:
             if core.faults:
                 rule = core.faults.pick(record.route, body, core.stats.now_s())
             if rule is not None:
-                record.fault = rule.id or rule.kind
+                record.fault = rule.id
                 if rule.kind in REPLACING:
                     response = await instead(rule, request)
                     record.status = response.status

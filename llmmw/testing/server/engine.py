@@ -234,7 +234,6 @@ class Engine:
 
     def _advance(self, moved: list[Sequence]) -> None:
         self.steps += 1
-        finished = False
         for seq in moved:
             if seq.dead:
                 continue
@@ -243,14 +242,12 @@ class Engine:
                 self.first_token_s.add(self._clock() - seq.arrived_at)
             group = seq.group
             if seq.produced >= seq.output_tokens:
-                finished = True
                 del self.running[seq]
                 if group is not None:
                     group.left -= 1
             if group is not None:
                 group.wake()
-        if finished:
-            self.on_change()
+        self.on_change()
 
 
 def _nothing() -> None:

@@ -112,13 +112,13 @@ _peek = msgspec.json.Decoder(_Peek)
 class _Armed:
     """A rule and what it has seen."""
 
-    def __init__(self, rule: FaultRule, name: str, seed: int) -> None:
+    def __init__(self, rule: FaultRule, seed: int) -> None:
         self.rule = rule
-        self.name = name
+        self.name = rule.id
         self.matched = 0
         self.fired = 0
         # Its own generator per rule: adding a rule never changes the draws of another.
-        self._random = random.Random(f"{seed}:{name}")  # noqa: S311 - reproducible, not secret
+        self._random = random.Random(f"{seed}:{rule.id}")  # noqa: S311 - reproducible, not secret
 
     def matches(self, route: str, body: bytes, peek: _Peek, now_s: float) -> bool:
         match = self.rule.match
@@ -163,7 +163,7 @@ class FaultBook:
         """Arm one more rule; its id. A rule with a known id replaces that one."""
         name = rule.id or f"{rule.kind}-{len(self._armed) + 1}"
         self._armed = [armed for armed in self._armed if armed.name != name]
-        self._armed.append(_Armed(rule, name, self._seed))
+        self._armed.append(_Armed(msgspec.structs.replace(rule, id=name), self._seed))
         return name
 
     def pick(self, route: str, body: bytes, now_s: float) -> FaultRule | None:

@@ -24,9 +24,12 @@ class ServerProcess:
     The child ends with this process: it watches its standard input, which closes when the parent is gone.
     """
 
-    def __init__(self, config: ServerConfig | None = None, *, start_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, config: ServerConfig | None = None, *, uvloop: bool = False, start_timeout_s: float = 30.0
+    ) -> None:
         self.config = checked(config or ServerConfig())
         self.url = ""
+        self._flags = ["--announce", "--until-stdin-closes", *(["--uvloop"] if uvloop else [])]
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[str] | None = None
 
@@ -46,7 +49,7 @@ class ServerProcess:
         command = [sys.executable, "-m", __package__ or "llmmw.testing.server", "--config-json", json.dumps(values)]
         with tempfile.TemporaryFile("w+") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*command, "--announce", "--until-stdin-closes"],
+                [*command, *self._flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -60,16 +63,17 @@ class ServerProcess:
         self.url = json.loads(line)["url"]
         return self
 
-    def stop(self) -> None:
-        """End the process; safe to call twice."""
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End the process, by force after the grace time; safe to call twice."""
         process, self._process = self._process, None
+        self.url = ""
         if process is None:
             return
         if process.stdin is not None:
             with suppress(OSError):
                 process.stdin.close()
         try:
-            process.wait(5.0)
+            process.wait(grace_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -143,9 +147,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(config: ServerConfig | None = None) -> Generator[ServerProcess]:
+def server_process(config: ServerConfig | None = None, *, uvloop: bool = False) -> Generator[ServerProcess]:
     """A server process for the length of the block; it is always stopped."""
-    process = ServerProcess(config)
+    process = ServerProcess(config, uvloop=uvloop)
     try:
         yield process.start()
     finally:
