@@ -52,6 +52,7 @@ class LoopThread:
         self._stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         self._on_start(loop)
+        del self._on_start  # the thread must not keep its owner alive
         self._started.set_result(loop)
         await self._stop.wait()
 
@@ -223,8 +224,9 @@ class Home:
 
     async def settle_down(self) -> None:
         """The engine is closed, told on the home loop: stop watching it."""
-        sentinel = self._sentinel
-        self._forget()
+        with self._lock:
+            sentinel, self._sentinel = self._sentinel, None
+            self.loop = None
         if sentinel is not None:
             await sentinel.aclose()
 
