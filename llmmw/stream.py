@@ -1,4 +1,4 @@
-"""Streamed bodies: seeing their end exactly once (`at_end`), sharing them (`Tee`), replaying them (`Replay`).
+"""Streamed bodies: seeing their end exactly once (`at_end`), replaying them (`Replay`).
 
 Whatever must happen when an answer is over (permits back, tokens settled, breaker told, statistics) hangs on
 `at_end`, which treats a whole reply and a stream alike.

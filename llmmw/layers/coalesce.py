@@ -1,0 +1,306 @@
+"""Coalescer: identical calls that are in flight together cost one upstream call.
+
+A *flight* is a task of the engine that makes the call once for all who wait. Nobody's cancellation or deadline
+reaches it: a caller waits on a future of its own, and only when the last one has gone is the flight cancelled.
+
+Together with the cache outside (which sets `call.key` and `call.on_answer`): the flight passes the upstream's
+answer through `on_answer` before it leaves the table and before anybody wakes. So there is one store per flight,
+also when nobody waits any more, and no gap in which a newcomer finds neither the flight nor the entry. The cache
+stores no reply whose source is "coalesced".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, ClassVar
+
+from llmmw.copies import NotCopyable, own_error, own_reply
+from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
+from llmmw.events import Coalesced
+from llmmw.interrupt import until_deadline
+from llmmw.keys import Sharing, Uncacheable
+from llmmw.layers.base import Bound
+from llmmw.layers.flight import Flight, current_flight
+from llmmw.order import Role
+from llmmw.settings import settings, whole
+from llmmw.stream import at_end
+from llmmw.tee import Tee
+
+if TYPE_CHECKING:
+    from llmmw.call import Call, Chunks, Handler, Reply
+    from llmmw.env import Env
+    from llmmw.layers.flight import Key, Landed
+
+_ELECTIONS = 2
+"""How often a flight whose task somebody cancelled is made anew for those who still wait."""
+
+
+@settings
+class Coalescer:
+    """Joins identical calls in flight, where the cache's policy lets them share.
+
+    Without a cache, or where the cache is switched off, only deterministic calls join (temperature 0 or a seed).
+    Followers get their own copy of the reply with source "coalesced", or their own exception (same type, caused by
+    the leader's). Followers of a stream get it from the beginning, whenever they join.
+
+    Args:
+        finish_orphans: finish a call that everybody stopped waiting for, so that the cache has it; else it is
+            cancelled, which frees the server.
+        buffer_bytes: how much of a stream is kept per flight for slow or late readers. A reader that falls further
+            behind gets StreamInterrupted; once a stream is longer, newcomers make their own call.
+
+    Raises:
+        ConfigError: `buffer_bytes` is not a whole number of at least 1.
+    """
+
+    role: ClassVar[Role] = Role.COALESCE
+    finish_orphans: bool = False
+    buffer_bytes: int = 8 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        whole("Coalescer(buffer_bytes=)", self.buffer_bytes)
+
+    def bind(self, inner: Handler, env: Env) -> BoundCoalescer:
+        """An empty table of flights."""
+        return BoundCoalescer(inner, env, self)
+
+
+class BoundCoalescer(Bound):
+    """The table of flights of one engine."""
+
+    def __init__(self, inner: Handler, env: Env, options: Coalescer) -> None:
+        super().__init__(inner, env)
+        self._options = options
+        self._table: dict[Key, Flight] = {}
+        self._tasks: dict[asyncio.Task[None], Flight] = {}
+        self._forsaken: list[dict[asyncio.Task[None], Flight]] = []
+        self._sharing = Sharing()
+        self._closed = False
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Lead a flight, join one, or pass on a call that may not share.
+
+        Raises:
+            DeadlineExceeded: this caller's deadline passed; others go on waiting.
+            Closed: the engine was closed meanwhile.
+            AmbiguousOutcome: the shared call was cancelled from inside again and again.
+        """
+        key = self._key(call)
+        if key is None:
+            return await self.inner(call)
+        if self._closed:
+            raise _closed()
+        origin, flight = current_flight(), self._table.get(key)
+        if flight is not None and origin is not None and flight.reaches(origin):
+            return await self.inner(call)  # waiting here would be waiting for ourselves
+        if flight is None or not flight.joinable:
+            flight = self._table[key] = Flight(key, call)
+        else:
+            self.env.emit(Coalesced(call.context.agent))
+            flight.urgency.join(call.context)
+        if flight.tee is not None and flight.reply is not None:
+            landed: Landed = self._reader(flight.reply, flight.tee, call, own=True)
+        else:
+            landed = await self._wait(flight, call, origin)
+        if landed is None:
+            return await self.inner(call)
+        if isinstance(landed, BaseException):
+            raise landed
+        if origin is not None and landed.chunks is not None:
+            shared = flight
+            origin.waits_on.append(shared)
+            return at_end(landed, lambda _: origin.waits_on.remove(shared))
+        return landed
+
+    def invalidate(self, call: Call) -> int:
+        """Newcomers start afresh; those who wait keep their flight. Nothing is stored here."""
+        key = self._key(call)
+        if key is not None:
+            self._table.pop(key, None)
+        return 0
+
+    def rehome(self) -> None:
+        """Forget every flight: its waiters belong to the dead loop or to the parent process.
+
+        The tasks are kept from the garbage collector, which would run their `finally` blocks over sockets and
+        futures that are no longer ours.
+        """
+        self._table.clear()
+        if self._tasks:
+            self._forsaken.append(self._tasks)
+            self._tasks = {}
+
+    async def aclose(self) -> None:
+        """Cancel what flies and wait for it to end; who still waits for an answer gets Closed."""
+        self._closed = True
+        own = asyncio.current_task()
+        tasks = {task: flight for task, flight in self._tasks.items() if task is not own}
+        for task, flight in tasks.items():
+            if not flight.over:
+                self._land(flight, _closed())
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def gauges(self) -> dict[str, object]:
+        """Flights now, and calls waiting for one."""
+        flights = list(self._table.values())
+        return {"flights": len(flights), "waiting": sum(len(flight.waiters) for flight in flights)}
+
+    def _key(self, call: Call) -> Key | None:
+        if call.key:
+            return call.key, call.stream
+        try:
+            key = self._sharing.draw(call).key
+        except Uncacheable:
+            return None
+        return (key, call.stream) if key else None
+
+    # ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _wait(self, flight: Flight, call: Call, origin: Flight | None) -> Landed:
+        """Wait for the flight under the caller's own deadline, whatever became of everybody else's."""
+        waiter: asyncio.Future[Landed] = asyncio.get_running_loop().create_future()
+        flight.waiters[waiter] = call
+        if flight.leader is None:
+            flight.leader = waiter
+            self._launch(flight)
+        if origin is not None:
+            origin.waits_on.append(flight)
+        timer = None
+        if call.context.deadline is not None and not waiter.done():
+            left = call.context.deadline - self.env.clock.monotonic()
+            timer = waiter.get_loop().call_later(max(0.0, left), _expire, waiter)
+        try:
+            landed = await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():  # answered and cancelled in one loop turn
+                await _discard(waiter.result())
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if origin is not None:
+                origin.waits_on.remove(flight)
+            flight.waiters.pop(waiter, None)
+            self._abandon(flight)
+        if isinstance(landed, BaseException) and waiter is not flight.leader:
+            landed.__traceback__ = None  # one that could not be copied must not gather everybody's
+        return landed
+
+    def _abandon(self, flight: Flight) -> bool:
+        """Cancel a flight that nobody waits for; tells whether it did."""
+        if flight.over or flight.awaited or self._options.finish_orphans:
+            return False
+        flight.over = True
+        self._drop(flight)
+        if flight.task is not None:
+            flight.task.cancel()
+        return True
+
+    def _reader(self, reply: Reply, tee: Tee, call: Call, *, own: bool) -> Reply:
+        """The stream from its beginning, under the caller's own deadline."""
+        chunks: Chunks = tee.reader(own=own)
+        if call.context.deadline is not None:
+            chunks = until_deadline(chunks, self.env.clock, call.context.deadline, _late)
+        return reply.replace(chunks=chunks, source="coalesced", native=None) if own else reply.replace(chunks=chunks)
+
+    # ── flying ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _launch(self, flight: Flight) -> None:
+        task = asyncio.get_running_loop().create_task(self._fly(flight), context=flight.context())
+        flight.task = task
+        self._tasks[task] = flight
+        task.add_done_callback(self._flown)
+
+    async def _fly(self, flight: Flight) -> None:
+        call = flight.call
+        try:
+            reply = await self.inner(call.replace(urgency=flight.urgency, on_answer=None))
+            if call.on_answer is not None:
+                reply = call.on_answer(reply)
+            if reply.chunks is None:
+                self._land(flight, reply)
+            else:
+                await self._stream(flight, reply, reply.chunks)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise  # for `_flown`, which also sees a task that was cancelled before it began
+        except BaseException as error:
+            if not isinstance(error, Exception) and not flight.alive():
+                raise
+            self._land(flight, error)
+
+    async def _stream(self, flight: Flight, reply: Reply, chunks: Chunks) -> None:
+        """Hand a reader to everybody who waits, then read for all of them."""
+        tee = Tee(chunks, max_bytes=self._options.buffer_bytes, on_abandoned=lambda: self._abandon(flight))
+        flight.reply, flight.tee = reply, tee
+        for waiter in flight.alive():
+            own = waiter is not flight.leader
+            waiter.set_result(self._reader(reply, tee, flight.waiters[waiter], own=own))
+        await tee.pump()
+        self._end(flight)
+
+    def _flown(self, task: asyncio.Task[None]) -> None:
+        """The task is over; if somebody cancelled it while others wait, it is made anew for them."""
+        flight = self._tasks.pop(task, None)
+        if not task.cancelled():
+            task.exception()  # retrieved: whoever waits has it already
+        if flight is None or flight.over:
+            return
+        alive = flight.alive()
+        if not alive:
+            self._end(flight)
+        elif flight.elections == _ELECTIONS:
+            text = f"the shared call was cancelled {_ELECTIONS + 1} times"
+            self._land(flight, AmbiguousOutcome(text, endpoint=flight.call.target))
+        else:
+            flight.elections += 1
+            if flight.leader not in alive:
+                flight.leader = alive[0]
+                elected = flight.waiters[alive[0]]
+                flight.call = elected.replace(on_answer=elected.on_answer or flight.call.on_answer)
+            self._launch(flight)
+
+    def _land(self, flight: Flight, outcome: Reply | BaseException) -> None:
+        """End the flight: out of the table first, then everybody is woken with an outcome of their own."""
+        self._end(flight)
+        if flight.tee is not None and isinstance(outcome, BaseException):
+            flight.tee.fail(outcome)
+        for waiter in flight.alive():
+            waiter.set_result(outcome if waiter is flight.leader else _own(outcome))
+
+    def _end(self, flight: Flight) -> None:
+        flight.over = True
+        self._drop(flight)
+
+    def _drop(self, flight: Flight) -> None:
+        if self._table.get(flight.key) is flight:
+            del self._table[flight.key]
+
+
+def _own(outcome: Reply | BaseException) -> Landed:
+    if isinstance(outcome, BaseException):
+        return own_error(outcome)
+    try:
+        return own_reply(outcome)
+    except NotCopyable:
+        return None
+
+
+async def _discard(landed: Landed) -> None:
+    """Close the stream of an answer that nobody took."""
+    if landed is not None and not isinstance(landed, BaseException) and landed.chunks is not None:
+        await landed.chunks.aclose()
+
+
+def _expire(waiter: asyncio.Future[Landed]) -> None:
+    if not waiter.done():
+        waiter.set_result(_late())
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed before the shared call was complete")
+
+
+def _closed() -> Closed:
+    return Closed("closed while the call was in flight")

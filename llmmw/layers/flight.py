@@ -1,0 +1,82 @@
+"""A flight: one call under way for all who asked the same question. The coalescer's table holds them."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING
+
+from llmmw.call import Urgency
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from llmmw.call import Call, Reply
+    from llmmw.tee import Tee
+
+    Key = tuple[bytes, bool]
+    """Sharing key, and whether the answer is a stream."""
+    Landed = Reply | BaseException | None
+    """What a waiter is woken with; None tells a follower to make the call itself, for the answer exists only once."""
+
+_inside: contextvars.ContextVar[Flight | None] = contextvars.ContextVar("llmmw_flight", default=None)
+
+
+class Flight:
+    """One shared call: who waits for it, how urgently, and what became of it so far."""
+
+    __slots__ = ("call", "elections", "key", "leader", "over", "reply", "task", "tee", "urgency", "waiters", "waits_on")
+
+    def __init__(self, key: Key, call: Call) -> None:
+        self.key = key
+        self.call = call
+        self.urgency = Urgency(call.context.priority, call.context.deadline)
+        self.waiters: dict[asyncio.Future[Landed], Call] = {}
+        self.leader: asyncio.Future[Landed] | None = None
+        """Who gets the answer itself; everybody else gets copies."""
+        self.task: asyncio.Task[None] | None = None
+        self.reply: Reply | None = None
+        """A stream's head, once it is there."""
+        self.tee: Tee | None = None
+        self.over = False
+        self.elections = 0
+        """How often the task was made anew."""
+        self.waits_on: list[Flight] = []
+        """Flights that code inside this one waits for."""
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a newcomer would get the whole answer."""
+        return self.tee is None or self.tee.joinable
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody waits for it or reads its stream."""
+        return bool(self.waiters) or (self.tee is not None and self.tee.readers > 0)
+
+    def alive(self) -> list[asyncio.Future[Landed]]:
+        """Those who still wait: neither answered nor cancelled."""
+        return [waiter for waiter in self.waiters if not waiter.done()]
+
+    def reaches(self, other: Flight) -> bool:
+        """Whether this flight is `other`, or waits for it, directly or through others."""
+        seen: set[Flight] = set()
+        todo: list[Flight] = [self]
+        while todo:
+            flight = todo.pop()
+            if flight is other:
+                return True
+            if flight not in seen:
+                seen.add(flight)
+                todo += flight.waits_on
+        return False
+
+    def context(self) -> contextvars.Context:
+        """Context variables for the task: the leader's for a user's function, none for an endpoint of ours."""
+        context = contextvars.copy_context() if self.call.inherits_context else contextvars.Context()
+        context.run(_inside.set, self)
+        return context
+
+
+def current_flight() -> Flight | None:
+    """The innermost flight that the running code is part of."""
+    return _inside.get()
