@@ -152,34 +152,36 @@ class ModelServer:
         path = request.raw_path.partition("?")[0]
         route = ROUTES.get(path)
         if route is None:
-            return (
-                await control(self.core, request, path) if path.startswith("/_control/") else side(self.core, request)
-            )
+            if path.startswith("/_control/"):
+                return await control(self.core, request, path)
+            return side(self.core, request)
         if request.method != "POST":
             return not_allowed()
+        return await self._counted(route, request, path)
+
+    async def _counted(self, route: Route, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """Serve a model call between its first and last entry in the statistics."""
         core = self.core
         record = core.stats.begin(path, id(request.protocol))
-        if core.watched:
-            core.notify()
+        core.notify()
         task = asyncio.current_task()
-        if task is not None:
-            self._tasks.add(task)
-        record.outcome = "aborted"
+        assert task is not None
+        self._tasks.add(task)
         try:
             return await self._serve(route, request, record)
         except (ConnectionError, ClientError):
             return web.Response()  # the client is gone; aiohttp notices when it writes this
+        except Exception:
+            record.outcome = "crashed"
+            raise
         finally:
-            if task is not None:
-                self._tasks.discard(task)
-            core.stats.end(record, record.outcome)
-            if core.watched:
-                core.notify()
+            self._tasks.discard(task)
+            core.stats.end(record, "aborted" if record.outcome == "open" else record.outcome)
+            core.notify()
 
     async def _serve(self, route: Route, request: web.BaseRequest, record: Record) -> web.StreamResponse:
         """Answer one request and say in the record how that went."""
         core = self.core
-        record.outcome = "aborted"
         rule: FaultRule | None = None
         try:
             body, key = await self._received(request, record)

@@ -1,4 +1,13 @@
-"""The control plane under /_control, and conditions on the statistics."""
+"""The control plane under /_control (JSON, loopback clients only), and conditions on the statistics.
+
+GET stats?requests=N    counters and the newest N request summaries (200); see ``Stats.report`` and ``Record``
+POST reset              counters, draws, limits, prefix cache, fault counts start afresh -> {"ok": true}
+GET|POST config         the settings in force; POST takes the ones to change
+GET|POST|DELETE faults  {"rules": [...], "counts": {id: {kind, matched, fired}}}; POST a rule or a list -> {"ids": [...]}
+POST wait               {"at_least": {"engine.waiting": 3}, "at_most": {}, "timeout_s": 10} -> {"ok": bool, "stats": {...}}
+
+What is refused is answered by status 400 and {"error": text}.
+"""
 
 import ipaddress
 from collections.abc import Callable, Mapping

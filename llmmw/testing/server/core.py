@@ -87,11 +87,6 @@ class Core:
             if not watcher.done():
                 watcher.set_result(None)
 
-    @property
-    def watched(self) -> bool:
-        """Somebody waits for a change."""
-        return bool(self._watchers)
-
     async def wait(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float) -> bool:
         """Wait until the report satisfies the condition; False when it did not in time."""
         with suppress(TimeoutError):

@@ -5,7 +5,7 @@ import base64
 import math
 import sys
 from hashlib import shake_256
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -15,6 +15,7 @@ from .plan import Prompt, chat_prompt, text_prompts
 from .tokens import pieces, token_id
 from .wire import EmbeddingRequest, TokenizeRequest, decode
 
+MAX_DIMENSIONS: Final = 65_536
 _embedding = msgspec.json.Decoder(EmbeddingRequest)
 _tokenize = msgspec.json.Decoder(TokenizeRequest)
 
@@ -33,7 +34,9 @@ async def embed(exchange: Exchange) -> Answer:
     model = exchange.model(asked.model)
     if asked.encoding_format not in {None, "float", "base64"}:
         raise bad_value(f"encoding_format: {asked.encoding_format!r} is not allowed; float, base64 are")
-    size = asked.dimensions or exchange.core.config.embedding_dimensions
+    size = exchange.core.config.embedding_dimensions if asked.dimensions is None else asked.dimensions
+    if not 1 <= size <= MAX_DIMENSIONS:
+        raise bad_value(f"dimensions: {size} is not allowed; 1..{MAX_DIMENSIONS} are", "dimensions")
     prompts = text_prompts(asked.input)
     record = exchange.record
     record.sequences, record.text = len(prompts), prompts[-1].last_user[:80]

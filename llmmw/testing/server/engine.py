@@ -40,6 +40,8 @@ class Sequence:
         "units",
     )
 
+    group: "Group"  # set when a group takes it in
+
     def __init__(
         self,
         prompt_tokens: int,
@@ -59,7 +61,6 @@ class Sequence:
         self.prefill_left = prompt_tokens
         self.dead = False
         self.arrived_at = 0.0
-        self.group: Group | None = None
 
 
 class Group:
@@ -243,10 +244,8 @@ class Engine:
             group = seq.group
             if seq.produced >= seq.output_tokens:
                 del self.running[seq]
-                if group is not None:
-                    group.left -= 1
-            if group is not None:
-                group.wake()
+                group.left -= 1
+            group.wake()
         self.on_change()
 
 

@@ -21,6 +21,7 @@ from .wire import Json, SamplingFields, as_dict, as_list, compact, text_of
 
 MAX_DRAWS: Final = 100_000
 MAX_CHOICES: Final = 10_000
+MAX_TEXTS: Final = 100_000
 MAX_LOGPROBS: Final = 20
 
 
@@ -200,6 +201,8 @@ class Planner:
         if asked is not None and asked > limit:
             message = f"max_tokens={asked} cannot be greater than max_model_len={limit}. Please request fewer."
             raise bad_value(message, "max_tokens")
+        if len(prompts) * sampling.n > MAX_TEXTS:
+            raise bad_value(f"prompts * n must be at most {MAX_TEXTS}, got {len(prompts) * sampling.n}.", "n")
         for prompt in prompts:
             if prompt.tokens + (asked or 1) > limit:
                 raise too_long(limit, prompt.tokens, asked or 1)

@@ -13,6 +13,7 @@ from .tokens import words
 from .wire import as_list
 
 MAX_DEPTH: Final = 12
+MAX_NODES: Final = 5000
 FORMATS: Final = {
     "date-time": "2024-01-02T03:04:05Z",
     "date": "2024-01-02",
@@ -36,6 +37,7 @@ class _Maker:
     def __init__(self, root: dict[str, Any], seed: bytes) -> None:
         self._root = root
         self._seed = seed
+        self._nodes = 0
 
     def _draw(self, path: str, below: int) -> int:
         digest = shake_128(self._seed + path.encode()).digest(4)
@@ -43,8 +45,11 @@ class _Maker:
 
     def make(self, schema: Any, path: str, depth: int) -> Any:
         """A value for one subschema; ``path`` makes sibling values differ."""
+        self._nodes += 1
         if not isinstance(schema, dict):
             return None
+        if self._nodes > MAX_NODES:
+            depth = 2 * MAX_DEPTH  # a schema that only endless values satisfy gets a finite one
         node = self._resolve(cast("dict[str, Any]", schema), path, depth)
         if "const" in node:
             return node["const"]
@@ -124,6 +129,8 @@ class _Maker:
         return "array" if "items" in node or "prefixItems" in node else "string"
 
     def _object(self, node: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
+        if depth >= 2 * MAX_DEPTH:
+            return {}
         properties = cast("dict[str, Any]", node.get("properties") or {})
         required = cast("list[str]", node.get("required") or [])
         deep = depth >= MAX_DEPTH // 2
@@ -131,16 +138,16 @@ class _Maker:
         made = {name: self.make(properties[name], f"{path}.{name}", depth + 1) for name in names}
         for name in required:
             made.setdefault(name, self._string({}, f"{path}.{name}"))
-        return made if depth < 2 * MAX_DEPTH else {}
+        return made
 
     def _array(self, node: dict[str, Any], path: str, depth: int) -> list[Any]:
+        if depth >= 2 * MAX_DEPTH:
+            return []
         prefix = cast("list[Any]", node.get("prefixItems") or [])
         least = int(node.get("minItems", 0))
         most = int(node.get("maxItems", max(least, 2)))
         deep = depth >= MAX_DEPTH // 2
         amount = max(least, len(prefix) or (0 if deep else min(2, most)))
-        if depth >= 2 * MAX_DEPTH:
-            return []
         item = node.get("items")
         return [self.make(prefix[i] if i < len(prefix) else item, f"{path}[{i}]", depth + 1) for i in range(amount)]
 

@@ -52,7 +52,7 @@ class Record(Struct, omit_defaults=True):
         route: path.
         connection: number of its TCP connection, from 1.
         outcome: ``ok``, ``http_<status>``, ``aborted`` (the client left), ``broken`` (a fault damaged the
-            answer), ``open`` (still under way).
+            answer), ``open`` (still under way), ``crashed`` (a bug of this server).
         text: start of the last user text, at most 80 characters.
         key: the last four characters of the API key.
         sequences: texts asked for (prompts * n).

@@ -121,7 +121,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         if not field and "field `" in text:
             field = text.split("field `", 1)[1].rstrip("`")
         raise bad_shape(text, f"body.{field}" if field else "body") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_shape(f"JSON decode error: {error}", "body") from None
 
 

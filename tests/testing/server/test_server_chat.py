@@ -220,6 +220,8 @@ async def test_broken_json_content_type_size_and_verbs(serve, http):
     header = {"Content-Type": "application/json"}
     for data, headers, status in (
         (b"{", header, 400),
+        (b'{"messages": ' + b"[" * 900, header, 400),
+        (b'{"messages": "\xff"}', header, 400),
         (b"{}", {"Content-Type": "text/plain"}, 400),
         (b" " * 2000, header, 413),
     ):
@@ -249,3 +251,10 @@ async def test_any_model_and_request_ids(serve, post):
     _, answer, _ = await post(server, CHAT, said("x", model="mine"), headers={"X-Request-Id": "abc"})
     assert (answer["model"], answer["id"]) == ("mine", "chatcmpl-abc")
     assert server.stats()["requests"][0]["request_id"] == "abc"
+
+
+async def test_draws_of_old_requests_are_forgotten(serve, post, monkeypatch):
+    monkeypatch.setattr("llmmw.testing.server.plan.MAX_DRAWS", 1)
+    server = await serve()
+    first, other, again = [text((await post(server, CHAT, said(w, temperature=1)))[1]) for w in "xyx"]
+    assert first == again != other

@@ -1,10 +1,12 @@
 import asyncio
+import os
 import signal
 import subprocess
 import sys
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from llmmw.testing.server import (
     FaultRule,
@@ -16,6 +18,7 @@ from llmmw.testing.server import (
     server_process,
 )
 from llmmw.testing.server.cli import config_from, main, parser
+from llmmw.testing.server.control import control
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -224,3 +227,46 @@ def test_command_line_runs_until_a_signal():
         assert "not a model" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+@pytest.fixture
+def closed_stdin(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(writer)
+    with os.fdopen(reader) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield
+
+
+@pytest.mark.parametrize("flags", [["--announce"], [], ["--announce", "--uvloop"]])
+def test_main_announces_and_ends_with_its_input(closed_stdin, capsys, flags):
+    assert main([*flags, "--until-stdin-closes"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith('{"url":"http://127.0.0.1:' if flags else "llmmw embedded server (not a model) on http")
+
+
+def test_missing_uvloop_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert main(["--uvloop"]) == 2
+    assert "llmmw[speed]" in capsys.readouterr().err
+
+
+async def test_control_refuses_remote_clients(serve):
+    server = await serve()
+    request = make_mocked_request("GET", "/_control/stats")
+    assert request.remote is None
+    assert (await control(server.core, request, "/_control/stats")).status == 200
+    far = request.clone(remote="192.0.2.1")
+    assert (await control(server.core, far, "/_control/stats")).status == 403
+    odd = request.clone(remote="somewhere")
+    assert (await control(server.core, odd, "/_control/stats")).status == 403
+
+
+async def test_a_bug_in_a_route_is_counted_and_answered(serve, post, monkeypatch, caplog):
+    async def bug(exchange):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("llmmw.testing.server.app.ROUTES", {CHAT: bug})
+    server = await serve()
+    assert (await post(server, CHAT, ASK))[0] == 500
+    assert server.stats()["by_outcome"] == {"crashed": 1}

@@ -177,6 +177,16 @@ async def test_cached_tokens_are_reported(serve, post):
     assert server.stats()["tokens"]["cached"] == cached[1]
 
 
+async def test_metrics_show_what_runs_and_waits(serve, post, http):
+    server = await serve(latency="engine", paused=True)
+    task = asyncio.create_task(post(server, CHAT, said("x")))
+    await server.wait(at_least={"engine.waiting": 1})
+    async with http.get(server.url + "/metrics") as response:
+        assert 'num_requests_waiting{engine="0",model_name="llmmw-embedded"} 1' in await response.text()
+    server.configure(paused=False, step_s=0.0)
+    await task
+
+
 async def test_fixed_latency_streams_and_answers(serve, post, http):
     server = await serve(latency="fixed", latency_s=0.001, token_s=0.0001)
     _, plain, _ = await post(server, CHAT, said("x", max_tokens=5))

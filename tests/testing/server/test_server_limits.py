@@ -51,6 +51,12 @@ def test_keys_are_limited_apart_and_quota_ends_for_good():
     assert caught.value.code == "insufficient_quota"
 
 
+def test_keys_not_seen_for_long_are_forgotten(monkeypatch):
+    monkeypatch.setattr("llmmw.testing.server.limits.MAX_KEYS", 2)
+    limits = Limits(ServerConfig(rpm=1))
+    assert [bool(admitted(limits, [0], key=key)) for key in "abacab"] == [True, True, False, True, False, True]
+
+
 def test_durations_are_spelled_as_openai_does():
     assert [go_duration(s) for s in (0.012, 1.0, 1.5, 360.0, 3600.0)] == ["12ms", "1s", "1.5s", "6m0s", "1h0m0s"]
 

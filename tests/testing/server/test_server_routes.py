@@ -43,7 +43,8 @@ async def test_completions_lists_number_choices_by_prompt_then_k(server, sdk, po
     assert "".join(flat.choices[0].logprobs.tokens) == flat.choices[0].text
     for bad in ([], [[]], [{}], [["a"]], ["a"] * 1025):
         assert (await post(server, "/v1/completions", {"prompt": bad}))[0] == 400
-    assert (await post(server, "/v1/completions", {"prompt": "a", "logprobs": 30}))[0] == 400
+    for bad in ({"logprobs": 30}, {"prompt": ["a"] * 1000, "n": 1000}):
+        assert (await post(server, "/v1/completions", {"prompt": "a", **bad}))[0] == 400
 
 
 async def test_completion_stream_equals_plain(sdk):
@@ -68,7 +69,8 @@ async def test_embeddings_base64_and_float_agree(server, sdk, post):
     assert plain["data"][0]["embedding"] != plain["data"][1]["embedding"]
     small = await sdk.embeddings.create(model=MODEL, input="a", dimensions=3)
     assert len(small.data[0].embedding) == 3
-    assert (await post(server, "/v1/embeddings", {"input": "a", "encoding_format": "hex"}))[0] == 400
+    for bad in ({"encoding_format": "hex"}, {"dimensions": 0}, {"dimensions": 10**9}):
+        assert (await post(server, "/v1/embeddings", {"input": "a", **bad}))[0] == 400
 
 
 async def test_anthropic_sdk_plain_and_stream_agree(claude):
