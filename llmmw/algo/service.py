@@ -1,0 +1,43 @@
+"""How long service took lately: whether an attempt can still be done in the time that is left."""
+
+from __future__ import annotations
+
+from collections import deque
+
+Kind = tuple[str, str]
+"""Operation and model: what is worth comparing."""
+
+KEPT = 64
+"""Durations remembered per operation and model; the 10th percentile of 64 is steady enough to refuse by."""
+MIN_SAMPLES = 16
+"""Fewer say too little: a refusal must not rest on one slow start."""
+MAX_AGE_S = 60.0
+"""Older durations are forgotten, so refusing everything (which measures nothing) ends by itself."""
+_MAX_KINDS = 256
+
+
+class ServiceTimes:
+    """Recent durations of successful service, per operation and model."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[Kind, deque[tuple[float, float]]] = {}
+
+    def add(self, kind: Kind, now: float, took_s: float) -> None:
+        """Remember that an answer of this kind took so long (seconds), until now."""
+        found = self._by_kind.get(kind)
+        if found is None:
+            if len(self._by_kind) >= _MAX_KINDS:
+                del self._by_kind[next(iter(self._by_kind))]
+            found = self._by_kind[kind] = deque(maxlen=KEPT)
+        found.append((now, took_s))
+
+    def p10(self, kind: Kind, now: float) -> float:
+        """What nine of ten answers took longer than, in seconds; 0.0 while too little is known."""
+        found = self._by_kind.get(kind)
+        if found is None:
+            return 0.0
+        while found and now - found[0][0] > MAX_AGE_S:
+            found.popleft()
+        if len(found) < MIN_SAMPLES:
+            return 0.0
+        return sorted(took for _, took in found)[len(found) // 10]
