@@ -3,8 +3,8 @@
 GET stats?requests=N    counters and the newest N request summaries (200); see ``Stats.report`` and ``Record``
 POST reset              counters, draws, limits, prefix cache, fault counts start afresh -> {"ok": true}
 GET|POST config         the settings in force; POST takes the ones to change
-GET|POST|DELETE faults  {"rules": [...], "counts": {id: {kind, matched, fired}}}; POST a rule or a list -> {"ids": [...]}
-POST wait               {"at_least": {"engine.waiting": 3}, "at_most": {}, "timeout_s": 10} -> {"ok": bool, "stats": {...}}
+GET|POST|DELETE faults  {"rules": [...], "counts": {id: {kind, matched, fired}}}; POST one rule or many -> {"ids": []}
+POST wait               {"at_least": {"engine.waiting": 3}, "at_most": {}, "timeout_s": 10} -> {"ok": true, "stats": {}}
 
 What is refused is answered by status 400 and {"error": text}.
 """
