@@ -1,0 +1,292 @@
+"""`HTTPEndpoint`: a server that speaks OpenAI's (or Anthropic's) HTTP, reached through a ConnectionPool."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import msgspec
+
+from llmmw.answer import NO_USAGE, Usage, mapping, usage_of
+from llmmw.call import Call, Reply
+from llmmw.endpoints.base import counted
+from llmmw.env import Env
+from llmmw.errors import ConfigError, ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError
+from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
+from llmmw.pool import ConnectionPool
+from llmmw.pool.guard import Guard, check_headers, check_url, is_loopback, origin_of
+from llmmw.sse import StreamWatch
+from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_answer, url_of, without_query
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from llmmw.pool import BoundPool, Response
+    from llmmw.pool.body import Body
+    from llmmw.wire import Headers
+
+MAX_ERROR_BYTES = 64 * 1024
+"""A refusal is read up to here; what is longer is no message."""
+_REDIRECT, _ERROR, _NO_STATUS = 300, 400, 600
+
+
+class HTTPEndpoint:
+    """One base URL and one credential.
+
+    Args:
+        base_url: "http(s)://host[:port][/prefix]", such as "http://127.0.0.1:8000/v1"; a query is kept and never shown.
+            None: every call says itself where it goes, by an HTTPRequest in `native` (a transport under an SDK).
+        api_key: sent in `key_header`, as a bearer token when that is "authorization".
+        key_header: where the server looks for the key ("authorization", "x-api-key", "api-key").
+        headers: sent with every call.
+        pool: settings of its connections.
+        allow_hosts: hosts exempt from the ban on link-local and metadata addresses.
+        duplicate_ok: a call may safely arrive twice; default: where the server is this machine.
+
+    A call whose `native` is an HTTPRequest for this endpoint's origin is sent exactly as it is (so whoever changes a
+    call's payload must clear `native`). Any other is built from `op` and `payload` with this endpoint's own headers;
+    a tuple of headers in `native` is added where the call was meant for this endpoint.
+
+    Raises:
+        ConfigError: a URL or header that cannot or must not be used; the message holds no secret.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        api_key: str | None = None,
+        *,
+        key_header: str = "authorization",
+        headers: Mapping[str, str] | None = None,
+        pool: ConnectionPool | None = None,
+        allow_hosts: Iterable[str] = (),
+        duplicate_ok: bool | None = None,
+    ) -> None:
+        self._allow_hosts = frozenset(host.lower() for host in allow_hosts)
+        self._base_url = base_url
+        self._origin, self._name, host = ("", "", "") if base_url is None else _located(base_url, self._allow_hosts)
+        self._secret = api_key or ""
+        self._headers = _own_headers(api_key, key_header, headers or {})
+        self._settings = pool or ConnectionPool()
+        self._duplicate_ok = is_loopback(host) if duplicate_ok is None else duplicate_ok
+        self._pool: BoundPool | None = None
+        self._env: Env = Env()
+        self._urls: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """scheme://host:port/prefix; "http" where every call says itself where it goes."""
+        return self._name or "http"
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What layers may rely on: "idempotent" where a duplicate does no harm."""
+        return frozenset({"idempotent"}) if self._duplicate_ok else frozenset()
+
+    def start(self, env: Env) -> None:
+        """The engine's env.
+
+        Raises:
+            ConfigError: the endpoint already works for another engine.
+        """
+        if self._pool is not None and self._env is not env:
+            raise ConfigError(f"{self!r} already belongs to another engine; make one HTTPEndpoint for each")
+        self._env = env
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Make one attempt.
+
+        Raises:
+            UpstreamError: no answer could be obtained, or what came is none.
+        """
+        return await counted(self._env, self._name or call.target, call, self._attempt)
+
+    async def _attempt(self, call: Call) -> Reply:
+        request = self._request_for(call)
+        try:
+            response = await self._open().request(request, duplicate_ok=self._duplicate_ok, connect_s=call.connect_s)
+            if _is_stream(call, response):
+                watch = StreamWatch(call.op, max_line_bytes=self._settings.max_line_bytes)
+                chunks = AnswerStream(response.body, watch, self._name or call.target, self._secret)
+                return Reply(chunks=chunks, status=response.status, headers=response.headers)
+            return await self._whole(call, response)
+        except UpstreamError as error:
+            error.endpoint = error.endpoint or self._name or call.target
+            raise
+
+    def _open(self) -> BoundPool:
+        pool = self._pool
+        if pool is None:
+            pool = self._pool = self._settings.open(self._env, allow_hosts=self._allow_hosts)
+            if self._base_url is not None:
+                pool.warm_up(HTTPRequest("GET", url_of(self._base_url, "/models"), self._headers))
+        return pool
+
+    def _request_for(self, call: Call) -> HTTPRequest:
+        native = call.native
+        # Elsewhere (a fallback asked in place of the caller's server) neither its URL nor its headers belong.
+        if isinstance(native, HTTPRequest) and (self._base_url is None or self._is_mine(native.url)):
+            return native
+        if self._base_url is None:
+            raise ConfigError("HTTPEndpoint(None) serves only calls that carry their HTTP request")
+        url = self._urls.get(call.op)
+        if url is None:
+            url = url_of(self._base_url, call.op)
+            if call.op in PATHS:
+                self._urls[call.op] = url
+        headers = self._headers
+        if isinstance(native, tuple) and native and call.target == self._name:
+            added = dict(cast("Headers", native))
+            headers = (*(pair for pair in headers if pair[0] not in added), *added.items())
+        return HTTPRequest("POST", url, headers, _encoded(call))
+
+    def _is_mine(self, url: str) -> bool:
+        try:
+            return origin_of(urlsplit(url)) == self._origin
+        except (ValueError, KeyError):
+            return False
+
+    async def _whole(self, call: Call, response: Response) -> Reply:
+        status, headers = response.status, response.headers
+        if status >= _ERROR:
+            data = await response.body.read(MAX_ERROR_BYTES)
+            return Reply(data=data, status=status, headers=headers, endpoint=self._name)
+        if status >= _REDIRECT and not isinstance(call.native, HTTPRequest):
+            await response.body.aclose()
+            where = without_query(response.header("location")) or "nowhere"
+            raise ProtocolError(f"{self._name} redirects ({status}) to {where}; redirects are not followed")
+        data = await response.body.read()
+        usage = NO_USAGE
+        if call.op in PATHS and status < _REDIRECT:
+            found = read_answer(call.op, data, endpoint=self._name, content_type=response.header("content-type"))
+            usage = usage_of(found)
+        return Reply(data=data, usage=usage, status=status, headers=headers, endpoint=self._name)
+
+    def rehome(self) -> None:
+        """Drop the sockets without waiting."""
+        if self._pool is not None:
+            self._pool.rehome()
+
+    async def aclose(self) -> None:
+        """Wait for calls in flight (at most the pool's `drain_timeout`) and close the connections. Idempotent."""
+        if self._pool is not None:
+            await self._pool.aclose()
+
+    def gauges(self) -> dict[str, object]:
+        """Readings of the connections, from any thread."""
+        return {} if self._pool is None else self._pool.gauges()
+
+    def __repr__(self) -> str:
+        return f"HTTPEndpoint({self._name!r})"
+
+
+class AnswerStream:
+    """The server's bytes as they arrive; read along for usage, errors and completeness.
+
+    Raises, in place of the end: TruncatedStream (it stopped without finish reason or terminator), StatusError (an
+    error event before any token), StreamInterrupted (broke, or an error event, after the first token), and before
+    the first token whatever broke the connection.
+    """
+
+    def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secret: str) -> None:
+        self._body = body
+        self._watch = watch
+        self._endpoint = endpoint
+        self._secret = secret
+
+    @property
+    def usage(self) -> Usage:
+        """What the stream reported so far."""
+        return self._watch.usage
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        watch = self._watch
+        try:
+            chunk = await self._body.__anext__()
+            watch.feed(chunk)
+            if watch.error is not None:
+                raise self._told(watch.error)
+        except StopAsyncIteration:
+            missing = None if self._body.was_cut else watch.missing()
+            if missing is None:
+                raise
+            raise TruncatedStream(f"the stream ended early: {missing}", endpoint=self._endpoint) from None
+        except UpstreamError as error:
+            await self._body.aclose()
+            error.endpoint = error.endpoint or self._endpoint
+            if not watch.has_token:
+                raise
+            raise StreamInterrupted(
+                f"the stream broke after output had arrived: {error.message}",
+                endpoint=self._endpoint,
+                partial=watch.text,
+                usage=watch.usage,
+            ) from error
+        return chunk
+
+    async def aclose(self) -> None:
+        """Stop reading; the server sees a closed connection and stops generating."""
+        await self._body.aclose()
+
+    def _told(self, event: dict[str, Any]) -> StatusError:
+        code = mapping(event["error"]).get("code")
+        if isinstance(code, int) and _ERROR <= code < _NO_STATUS:
+            error = error_of(Reply(data=msgspec.json.encode(event), status=code, endpoint=self._endpoint))
+            message, status, label, kind = error.message, code, error.code, error.fault
+        else:
+            fault = fault_of_event(event, wall=0.0) or Fault(FaultKind.SERVER)
+            message, status, label, kind = fault.message, fault.status or 500, fault.code, fault.kind.value
+        if self._secret:
+            message = message.replace(self._secret, "***")
+        return StatusError(
+            f"{self._endpoint} broke off the stream: {message}",
+            endpoint=self._endpoint,
+            status=status,
+            code=label,
+            fault=kind,
+        )
+
+
+def _located(base_url: str, allow_hosts: frozenset[str]) -> tuple[str, str, str]:
+    parts = check_url("base_url", base_url, Guard(allow_hosts))
+    if parts.fragment:
+        raise ConfigError("base_url: a fragment (#...) has no meaning here")
+    origin = origin_of(parts)
+    return origin, origin + parts.path.rstrip("/"), parts.hostname or ""
+
+
+def _own_headers(api_key: str | None, key_header: str, extra: Mapping[str, str]) -> Headers:
+    found = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
+    if api_key is not None:
+        found[key_header.lower()] = f"Bearer {api_key}" if key_header.lower() == "authorization" else api_key
+    found.update({name.lower(): value for name, value in extra.items()})
+    headers = tuple(found.items())
+    check_headers(headers)
+    forbidden = [name for name in found if name in HOP_BY_HOP or name == "content-length"]
+    if forbidden:
+        raise ConfigError(f"headers: {', '.join(forbidden)} cannot be set; the connection owns it")
+    return headers
+
+
+def _encoded(call: Call) -> bytes:
+    payload = call.payload
+    if bool(payload.get("stream")) is not call.stream:
+        payload = {**payload, "stream": call.stream}
+    try:
+        return msgspec.json.encode(payload)
+    except UnicodeEncodeError:
+        # A lone surrogate: the standard library escapes it, and it is the server that must judge.
+        return json.dumps(payload, separators=(",", ":")).encode("ascii")
+    except (TypeError, RecursionError) as error:
+        raise ConfigError(f"the call's payload cannot be written as JSON: {type(error).__name__}: {error}") from None
+
+
+def _is_stream(call: Call, response: Response) -> bool:
+    if response.status >= _REDIRECT:
+        return False
+    kind = response.header("content-type").partition(";")[0].strip().lower()
+    return kind == "text/event-stream" or (call.stream and call.op not in PATHS and kind != "application/json")

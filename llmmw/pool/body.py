@@ -1,0 +1,182 @@
+"""The body of a response: decoded under caps, and the end of it told exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from llmmw.errors import ProtocolError, ResponseTooLarge, UpstreamTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmmw.pool.engine import RawResponse
+
+MAX_RATIO = 200
+"""A body that grows more than this is a bomb: JSON text compresses 3 to 30 times."""
+RATIO_FLOOR = 1024 * 1024
+"""Small bodies are not judged by ratio; a few repeated kilobytes are harmless."""
+_STEP = 256 * 1024
+ACCEPT_ENCODING = "gzip, deflate"
+
+
+class Inflater:
+    """Gzip or deflate, inflated in bounded steps, so a bomb is refused before it is inflated."""
+
+    def __init__(self, coding: str, max_bytes: int) -> None:
+        self._wbits = zlib.MAX_WBITS | 16 if coding in {"gzip", "x-gzip"} else zlib.MAX_WBITS
+        self._deflate = coding == "deflate"
+        self._z: Any = None
+        self._max_bytes = max_bytes
+        self._taken = 0
+        self._given = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The decoded form of the next piece.
+
+        Raises:
+            ResponseTooLarge: too many bytes, or too many for what was sent.
+            ProtocolError: not what the header says.
+        """
+        if self._z is None:
+            # "deflate" means zlib's format, but some servers send the bare stream (RFC 9110, 8.4.1.2).
+            bare = self._deflate and data[:1] and (data[0] & 0x0F) != 8  # noqa: PLR2004 — zlib's method number
+            self._z = zlib.decompressobj(-zlib.MAX_WBITS if bare else self._wbits)
+        self._taken += len(data)
+        pieces: list[bytes] = []
+        try:
+            while data and not self._z.eof:
+                piece = self._z.decompress(data, _STEP)
+                data = self._z.unconsumed_tail
+                self._given += len(piece)
+                self._check()
+                pieces.append(piece)
+        except zlib.error:
+            raise ProtocolError("the body is not in the encoding that its header says") from None
+        return b"".join(pieces)
+
+    def _check(self) -> None:
+        if self._given > self._max_bytes:
+            raise ResponseTooLarge(f"the decoded body is larger than {self._max_bytes} bytes")
+        if self._given > RATIO_FLOOR and self._given > self._taken * MAX_RATIO:
+            raise ResponseTooLarge(f"the body grows more than {MAX_RATIO} times when decoded")
+
+
+class Body:
+    """The body of one response: an async iterator over its bytes as they arrive, or `read()` for all of it.
+
+    Raises ResponseTooLarge, AmbiguousOutcome (the connection broke), UpstreamTimeout (nothing came for too long).
+    However it ends, the connection goes back (or is closed) and `on_end` is called once.
+    """
+
+    __slots__ = ("_gap_s", "_inflater", "_left", "_loop", "_lost", "_on_end", "_raw", "_was_cut")
+
+    def __init__(
+        self,
+        raw: RawResponse,
+        on_end: Callable[[], object],
+        lost: Callable[[BaseException], BaseException],
+        *,
+        max_bytes: int,
+        gap_s: float | None = None,
+        inflater: Inflater | None = None,
+    ) -> None:
+        self._raw = raw
+        self._on_end: Callable[[], object] | None = on_end
+        self._lost = lost
+        self._gap_s = gap_s
+        self._inflater = inflater
+        self._left = max_bytes
+        self._was_cut = False
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await self._next()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
+
+    async def read(self, limit: int | None = None) -> bytes:
+        """All of the body; with a limit at most that many bytes of it, and the rest is not fetched."""
+        pieces: list[bytes] = []
+        size = 0
+        while piece := await self._next():
+            pieces.append(piece)
+            size += len(piece)
+            if limit is not None and size > limit:
+                await self.aclose()
+                break
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return data if limit is None else data[:limit]
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether reading stopped before the end."""
+        return self._was_cut
+
+    async def aclose(self) -> None:
+        """Stop reading. Idempotent."""
+        if self._on_end is not None:
+            self._was_cut = True
+            try:
+                await self._raw.aclose()
+            finally:
+                self._end()
+
+    async def _next(self) -> bytes:
+        if self._on_end is None:
+            return b""
+        try:
+            while True:
+                piece = await self._fetch()
+                if not piece:
+                    await self._raw.aclose()
+                    self._end()
+                    return b""
+                piece = self._admit(piece)
+                if piece:
+                    return piece
+        except BaseException as error:
+            await self.aclose()
+            mapped = self._lost(error)
+            if mapped is error:
+                raise
+            raise mapped from error
+
+    def _admit(self, piece: bytes) -> bytes:
+        if self._inflater is not None:
+            piece = self._inflater.feed(piece)
+        self._left -= len(piece)
+        if self._left < 0:
+            raise ResponseTooLarge("the body is larger than max_response_bytes")
+        return piece
+
+    async def _fetch(self) -> bytes:
+        if self._gap_s is None:
+            return await self._raw.next()
+        try:
+            async with asyncio.timeout(self._gap_s):
+                return await self._raw.next()
+        except TimeoutError:
+            raise UpstreamTimeout(f"the body stood still for {self._gap_s:g} s") from None
+
+    def _end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
+
+    def __del__(self) -> None:
+        # A reader that simply went away: the slot must come back, or the pool would lose it for ever.
+        if self._on_end is not None and not self._loop.is_closed():
+            warnings.warn("a response body was neither read to its end nor closed", ResourceWarning, stacklevel=2)
+            self._loop.call_soon_threadsafe(_let_go, self._raw, self._on_end)
+
+
+def _let_go(raw: RawResponse, on_end: Callable[[], object]) -> None:
+    raw.abandon()
+    on_end()

@@ -1,0 +1,274 @@
+"""`BoundPool`: one engine's connections on its home loop. `pool.py` has the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import warnings
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from llmmw.errors import (
+    AmbiguousOutcome,
+    Closed,
+    LLMMWError,
+    ProtocolError,
+    ResponseTooLarge,
+    StaleConnection,
+    UpstreamTimeout,
+)
+from llmmw.events import ConnectionOpened, ConnectionReused
+from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
+from llmmw.pool.engine import EngineOptions, Exchange, Lost
+from llmmw.pool.guard import check_headers, check_url, origin_of
+from llmmw.pool.home import Home
+from llmmw.settings import seconds
+from llmmw.wire import HOP_BY_HOP
+
+if TYPE_CHECKING:
+    from llmmw.env import Env
+    from llmmw.pool.engine import RawResponse
+    from llmmw.pool.guard import Guard
+    from llmmw.pool.home import Generation
+    from llmmw.pool.pool import ConnectionPool
+    from llmmw.wire import Headers, HTTPRequest
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
+_REMEMBERED = 256
+_WARM_BYTES = 64 * 1024
+_NOT_FORWARDED = HOP_BY_HOP | {"content-length", "accept-encoding", "expect"}
+
+
+class Response(msgspec.Struct, frozen=True):
+    """A response whose head has arrived. Read or close its body; until then it holds a connection."""
+
+    status: int
+    headers: Headers
+    """Lower-case names; hop-by-hop headers are removed, and content-encoding too, for the body is decoded."""
+    body: Body
+    reused: bool = False
+    """Whether it came over a kept-alive connection."""
+
+    def header(self, name: str) -> str:
+        """The first header of that (lower-case) name, or ""."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return ""
+
+
+class BoundPool:
+    """Sends requests over pooled connections; lives on one event loop at a time.
+
+    Coming from another loop, or from a forked child, it forgets its sockets and starts afresh.
+    """
+
+    def __init__(self, settings: ConnectionPool, env: Env, guard: Guard) -> None:
+        self.settings = settings
+        self._env = env
+        self._guard = guard
+        self._age_s = _optional(settings.max_connection_age)
+        self._connect_s = _optional(settings.connect_timeout)
+        self._first_byte_s = _optional(settings.first_byte_timeout)
+        self._gap_s = _optional(settings.chunk_timeout)
+        self._drain_s = seconds("drain_timeout", settings.drain_timeout)
+        self._options = EngineOptions(
+            guard=guard,
+            keepalive_expiry=seconds("keepalive_expiry", settings.keepalive_expiry),
+            verify=settings.verify,
+            trust_env=settings.trust_env,
+            http2=settings.http2,
+        )
+        self._home: Home | None = None
+        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
+        self._origins: dict[str, str] = {}
+        self._outgoing: dict[int, tuple[Headers, Headers]] = {}
+
+    async def request(
+        self, request: HTTPRequest, *, duplicate_ok: bool = False, connect_s: float | None = None
+    ) -> Response:
+        """Send a request and wait for the head of the response. Redirects are returned, not followed.
+
+        Args:
+            request: what to send; hop-by-hop headers and content-length in it are ours to set.
+            duplicate_ok: it may safely arrive twice, so a dead kept-alive connection is replaced at once.
+            connect_s: instead of the pool's `connect_timeout`.
+
+        Raises:
+            Closed: the pool is closed or closing.
+            ConfigError: the URL or a header is refused.
+            ConnectionFailed: nothing was sent.
+            StaleConnection: a kept-alive connection was dead before a byte came back.
+            AmbiguousOutcome: sent, then lost.
+            UpstreamTimeout: nothing came for `first_byte_timeout`.
+            ResponseTooLarge, ProtocolError: the head of the response.
+        """
+        if self._closed:
+            raise Closed("the connection pool is closed")
+        origin = self._origins.get(request.url) or self._judge(request.url)
+        request = self._clean(request)
+        home = self._here()
+        await home.enter()
+        try:
+            limit = self._connect_s if connect_s is None else connect_s
+            generation, raw, exchange = await self._send(home, request, origin, limit, duplicate_ok=duplicate_ok)
+        except BaseException:
+            home.leave()
+            raise
+        try:
+            return self._respond(home, generation, raw, exchange)
+        except BaseException:
+            raw.abandon()
+            home.finish(generation)
+            raise
+
+    def warm_up(self, request: HTTPRequest) -> None:
+        """Open `prewarm` connections in the background, with a harmless request over each; failures are no news."""
+        for _ in range(self.settings.prewarm):
+            self._here().background(self._warm(request))
+
+    async def _warm(self, request: HTTPRequest) -> None:
+        with contextlib.suppress(LLMMWError):
+            await (await self.request(request)).body.read(_WARM_BYTES)
+
+    def _judge(self, url: str) -> str:
+        parts = check_url("url", url, self._guard)
+        if len(self._origins) >= _REMEMBERED:
+            self._origins.clear()
+        origin = self._origins[url] = origin_of(parts)
+        return origin
+
+    def _clean(self, request: HTTPRequest) -> HTTPRequest:
+        # An endpoint sends the same tuple of headers each time, so its check is remembered by identity.
+        known = self._outgoing.get(id(request.headers))
+        if known is None or known[0] is not request.headers:
+            check_headers(request.headers)
+            kept = tuple(pair for pair in request.headers if pair[0].lower() not in _NOT_FORWARDED)
+            if len(self._outgoing) >= _REMEMBERED:
+                self._outgoing.clear()
+            # We decode, under caps; a coding that we cannot decode must not be asked for.
+            known = (request.headers, (*kept, ("accept-encoding", ACCEPT_ENCODING)))
+            self._outgoing[id(request.headers)] = known
+        return msgspec.structs.replace(request, headers=known[1])
+
+    def _here(self) -> Home:
+        home = self._home
+        if home is None or not home.is_here():
+            if home is not None:
+                home.drop()
+            limit = self.settings.max_connections
+            home = self._home = Home(self.settings.engine, self._options, self._env, limit, self._age_s)
+        return home
+
+    async def _send(
+        self, home: Home, request: HTTPRequest, origin: str, connect_s: float | None, *, duplicate_ok: bool
+    ) -> tuple[Generation, RawResponse, Exchange]:
+        """Send over the current connections, once more over fresh ones where the first was stale and that is safe."""
+        may_repeat = duplicate_ok or self.settings.retry_on_stale or request.method in _IDEMPOTENT
+        while True:
+            generation, exchange = home.start(), Exchange(connect_s)
+            try:
+                return generation, await self._await_head(generation, request, exchange), exchange
+            except BaseException as error:
+                home.stop(generation)
+                if not isinstance(error, Lost):
+                    raise
+                if home.dead or exchange.opened is not False or error.any_byte:
+                    raise self._lost(error) from error
+                # Its idle neighbours are as old, so none of them is used again.
+                home.retire(generation)
+                if not may_repeat:
+                    raise StaleConnection(f"a kept-alive connection was dead: {error}", endpoint=origin) from error
+                may_repeat = False
+            finally:
+                self._tell(exchange, origin)
+
+    async def _await_head(self, generation: Generation, request: HTTPRequest, exchange: Exchange) -> RawResponse:
+        if self._first_byte_s is None:
+            return await generation.engine.send(request, exchange)
+        try:
+            async with asyncio.timeout(self._first_byte_s):
+                return await generation.engine.send(request, exchange)
+        except TimeoutError:
+            sent = exchange.opened is not None
+            raise UpstreamTimeout(f"no response within {self._first_byte_s:g} s", sent=sent) from None
+
+    def _tell(self, exchange: Exchange, origin: str) -> None:
+        if exchange.opened is not None:
+            self._env.emit(ConnectionOpened(origin) if exchange.opened else ConnectionReused(origin))
+
+    def _lost(self, error: BaseException) -> BaseException:
+        if not isinstance(error, Lost):
+            return error
+        why = "the pool was closed during the call" if self._closed else str(error)
+        return AmbiguousOutcome(f"{why}; the server may have done the work")
+
+    def _respond(self, home: Home, generation: Generation, raw: RawResponse, exchange: Exchange) -> Response:
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in raw.headers]
+        coding = ""
+        for name, value in headers:
+            if name == "content-encoding":
+                coding = f"{coding},{value}" if coding else value
+        coding = coding.strip().lower()
+        inflater = None
+        if coding and coding != "identity":
+            if "," in coding:
+                raise ResponseTooLarge("the body is compressed more than once")
+            if coding not in {"gzip", "x-gzip", "deflate"}:
+                raise ProtocolError(f"the body is encoded as {coding[:40]!r}, which was not asked for")
+            inflater = Inflater(coding, self.settings.max_response_bytes)
+        hidden = HOP_BY_HOP | {"content-encoding", "content-length"} if inflater else HOP_BY_HOP
+        body = Body(
+            raw,
+            lambda: home.finish(generation),
+            self._lost,
+            max_bytes=self.settings.max_response_bytes,
+            gap_s=self._gap_s,
+            inflater=inflater,
+        )
+        kept = tuple(pair for pair in headers if pair[0] not in hidden)
+        return Response(raw.status, kept, body, exchange.opened is False)
+
+    def rehome(self) -> None:
+        """Drop every socket without waiting: the loop is dead, or this is a forked child."""
+        home, self._home, self._closing = self._home, None, None
+        if home is not None:
+            home.drop()
+
+    async def aclose(self) -> None:
+        """Refuse new requests, wait `drain_timeout` for those in flight, then break them off. Idempotent.
+
+        Closing goes on when the caller is cancelled, and every caller waits for the same closing.
+        """
+        self._closed = True
+        home = self._home
+        if home is None:
+            return
+        if not home.is_here():
+            self.rehome()
+            return
+        if self._closing is None:
+            self._closing = asyncio.create_task(home.close(self._drain_s))
+        await asyncio.shield(self._closing)
+
+    def gauges(self) -> dict[str, object]:
+        """Readings of the moment, from any thread."""
+        home = self._home
+        waiting = 0 if home is None else home.waiting
+        in_flight = 0 if home is None else home.active - waiting
+        return {"engine": self.settings.engine, "in_flight": in_flight, "waiting": waiting}
+
+    def __repr__(self) -> str:
+        return f"BoundPool({self.settings.engine}, closed={self._closed})"
+
+    def __del__(self) -> None:
+        home = getattr(self, "_home", None)
+        if home is not None and not home.dead and not self._closed:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
+            home.drop_from_anywhere()
+
+
+def _optional(value: float | str | None) -> float | None:
+    return None if value is None else seconds("timeout", value)  # checked when the settings were made

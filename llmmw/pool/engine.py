@@ -1,0 +1,100 @@
+"""What a wire engine is: it sends one request and hands over the raw answer. Everything else is the pool's.
+
+An engine follows no redirect, decodes nothing, keeps no cookie, repeats nothing and limits nothing. It raises
+
+- `ConnectionFailed`: there was no connection, so nothing was sent;
+- `Lost`: the connection broke after the request (or a part of it) had gone out;
+- `ResponseTooLarge`, `ProtocolError`: the head of the response is over the bound or is not HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Sequence
+
+    from llmmw.pool.guard import Guard
+    from llmmw.wire import HTTPRequest
+
+MAX_HEADER_BYTES = 64 * 1024
+
+
+class EngineOptions(msgspec.Struct, frozen=True):
+    """The settings of a pool that its engine carries out."""
+
+    guard: Guard
+    keepalive_expiry: float
+    verify: bool | ssl.SSLContext
+    trust_env: bool
+    http2: bool
+
+
+class Exchange:
+    """What the pool tells the engine about one request, and learns while it is under way."""
+
+    __slots__ = ("connect_s", "opened")
+
+    def __init__(self, connect_s: float | None) -> None:
+        self.connect_s = connect_s
+        """Seconds for name resolution, TCP and TLS."""
+        self.opened: bool | None = None
+        """Whether a connection was opened for it (True) or reused (False); None while, or where, it is not known."""
+
+
+class Lost(Exception):
+    """The connection broke after something had been sent; becomes StaleConnection or AmbiguousOutcome in the pool."""
+
+    def __init__(self, message: str, *, any_byte: bool = False) -> None:
+        super().__init__(message)
+        self.any_byte = any_byte
+        """Whether a part of the response had arrived."""
+
+
+class RawResponse(Protocol):
+    """An answer whose head has arrived."""
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """Names and values as sent."""
+        ...
+
+    async def next(self) -> bytes:
+        """The next piece of the undecoded body, as it arrived; b"" at the end. Raises Lost."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give the connection back (body read) or close it (body unread). Idempotent."""
+        ...
+
+    def abandon(self) -> None:
+        """The same without awaiting, for a response that nobody holds any more."""
+        ...
+
+
+class Engine(Protocol):
+    """Connections of one process and one event loop."""
+
+    async def send(self, request: HTTPRequest, exchange: Exchange) -> RawResponse:
+        """Send a request and wait for the head of the answer."""
+        ...
+
+    def held(self) -> int | None:
+        """How many connections are in use (not idle), or None where the engine cannot tell."""
+        ...
+
+    def drop(self) -> None:
+        """Forget every socket without writing, waiting or touching the event loop, which is dead or the parent's."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        ...

@@ -1,0 +1,38 @@
+"""The wire engines, one module each, imported when a pool first needs one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmmw.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from llmmw.pool.engine import Engine, EngineOptions
+
+ENGINES = ("aiohttp", "httpx", "httpx2", "pyreqwest")
+_INSTALL = {"aiohttp": "aiohttp", "httpx": "httpx", "httpx2": "llmmw[httpx2]", "pyreqwest": "llmmw[speed]"}
+
+
+def make_engine(name: str, options: EngineOptions) -> Engine:
+    """An engine for the running loop.
+
+    Raises:
+        MissingExtra: its package is not installed.
+    """
+    try:
+        if name == "aiohttp":
+            from llmmw.pool.engines.aiohttp import AiohttpEngine  # noqa: PLC0415 — engines load when used
+
+            return AiohttpEngine(options)
+        if name == "pyreqwest":
+            from llmmw.pool.engines.pyreqwest import PyreqwestEngine  # noqa: PLC0415 — likewise
+
+            return PyreqwestEngine(options)
+        from llmmw.pool.engines.httpx import HttpcoreEngine  # noqa: PLC0415 — likewise
+
+        return HttpcoreEngine(name, options)
+    except ImportError as error:
+        if isinstance(error, MissingExtra):
+            raise
+        message = f"ConnectionPool(engine={name!r}) needs a package that is missing: pip install '{_INSTALL[name]}'"
+        raise MissingExtra(message) from error

@@ -1,0 +1,177 @@
+"""Everything of a pool that belongs to one process and one event loop: slots, engines, and their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from llmmw.errors import Closed
+from llmmw.pool.engines import make_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from llmmw.env import Env
+    from llmmw.pool.engine import Engine, EngineOptions
+
+LEAK_CHECK_S = 1.0
+"""Connections held beyond the requests in flight for this long have leaked (httpx does it under cancellation)."""
+
+
+class Generation:
+    """One engine and how many requests it carries; retired, it takes no more and closes after the last."""
+
+    __slots__ = ("active", "born", "checked", "engine", "retired", "suspect")
+
+    def __init__(self, engine: Engine, now: float) -> None:
+        self.engine = engine
+        self.born = now
+        self.checked = now
+        self.suspect = False
+        self.active = 0
+        self.retired = False
+
+
+class Home:
+    """Slots and engines on the loop that runs when it is made."""
+
+    def __init__(
+        self, engine: str, options: EngineOptions, env: Env, max_connections: int, max_age_s: float | None
+    ) -> None:
+        self._engine_name = engine
+        self._options = options
+        self._env = env
+        self._max_age_s = max_age_s
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._slots = asyncio.Semaphore(max_connections)
+        self._current: Generation | None = None
+        self._generations: set[Generation] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle: asyncio.Future[None] | None = None
+        self.active = 0
+        """Requests inside, those waiting for a slot included."""
+        self.waiting = 0
+        self.dead = False
+
+    def is_here(self) -> bool:
+        """Whether the running loop is this one, in this process."""
+        return self._loop is asyncio.get_running_loop() and self._pid == os.getpid()
+
+    async def enter(self) -> None:
+        """Take a slot, in order of arrival.
+
+        Raises:
+            Closed: the pool was closed while waiting.
+        """
+        self.active += 1
+        if not self._slots.locked():
+            await self._slots.acquire()  # does not wait
+            return
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            self._left()
+            raise
+        finally:
+            self.waiting -= 1
+        if self.dead:
+            self.leave()
+            raise Closed("the connection pool was closed before a connection became free")
+
+    def leave(self) -> None:
+        """Give the slot back."""
+        self._slots.release()
+        self._left()
+
+    def _left(self) -> None:
+        self.active -= 1
+        if not self.active and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def start(self) -> Generation:
+        """The connections to use now, one request more on them."""
+        now = self._env.clock.monotonic()
+        current = self._current
+        if current is not None and self._is_worn(current, now):
+            self.retire(current)
+            current = None
+        if current is None:
+            current = self._current = Generation(make_engine(self._engine_name, self._options), now)
+            self._generations.add(current)
+        current.active += 1
+        return current
+
+    def _is_worn(self, generation: Generation, now: float) -> bool:
+        if self._max_age_s is not None and now - generation.born > self._max_age_s:
+            return True
+        if now - generation.checked < LEAK_CHECK_S:
+            return False
+        generation.checked = now
+        held = generation.engine.held()
+        leaking = held is not None and held > generation.active
+        worn, generation.suspect = leaking and generation.suspect, leaking
+        return worn
+
+    def stop(self, generation: Generation) -> None:
+        """One request less."""
+        generation.active -= 1
+        if generation.retired and not generation.active:
+            self._close_engine(generation)
+
+    def finish(self, generation: Generation) -> None:
+        """A response is over: connection and slot are free."""
+        self.stop(generation)
+        self.leave()
+
+    def retire(self, generation: Generation) -> None:
+        """Use its connections for nothing new; they close when their requests are done."""
+        if self._current is generation:
+            self._current = None
+        if not generation.retired:
+            generation.retired = True
+            if not generation.active:
+                self._close_engine(generation)
+
+    def _close_engine(self, generation: Generation) -> None:
+        self._generations.discard(generation)
+        if not self.dead:
+            self.background(generation.engine.aclose())
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something that closing waits for."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self, drain_s: float) -> None:
+        """Wait for what is in flight, at most `drain_s`, then break it off and close every connection."""
+        try:
+            if self.active:
+                self._idle = self._loop.create_future()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(drain_s):
+                        await self._idle
+        finally:
+            self.dead = True
+            engines = [generation.engine for generation in self._generations]
+            self._generations.clear()
+            await asyncio.gather(*(engine.aclose() for engine in engines), *self._tasks, return_exceptions=True)
+
+    def drop(self) -> None:
+        """Forget every socket, without the loop."""
+        self.dead = True
+        for generation in self._generations:
+            generation.engine.drop()
+        self._generations.clear()
+        self._current = None
+
+    def drop_from_anywhere(self) -> None:
+        """The same from a finaliser, which may run on any thread."""
+        if self._pid == os.getpid() and self._loop.is_running():
+            self._loop.call_soon_threadsafe(self.drop)
+        else:
+            self.drop()
