@@ -60,8 +60,6 @@ def imported_rooms(path: Path) -> set[str]:
             rooms |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmmw."):
             rooms.add((node.module or "").split(".")[1])
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
     return rooms
 
 
@@ -83,6 +81,7 @@ def test_no_module_is_too_long():
 
 
 def test_importing_llmmw_loads_no_http_library():
-    code = "import sys, llmmw; print([m for m in ('aiohttp', 'httpx', 'httpx2', 'diskcache', 'anyio', 'rich') if m in sys.modules])"
+    heavy = ("aiohttp", "httpx", "httpx2", "diskcache", "anyio", "rich")
+    code = f"import sys, llmmw; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -1,0 +1,77 @@
+"""The demo's figures as a table, as JSON and as a chart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from llmmw.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from llmmw.demo.ways import Result
+
+_PANELS = (
+    ("wall_s", "wall time (s)"),
+    ("upstream_calls", "HTTP requests sent"),
+    ("tokens", "tokens paid"),
+    ("failures", "questions unanswered"),
+)
+
+
+def table(results: Sequence[Result], *, title: str) -> Any:
+    """A rich Table, one row per way."""
+    from rich.table import Table  # noqa: PLC0415 — belongs to the extra
+
+    found = Table(title=title)
+    found.add_column("way")
+    for name in ("wall s", "speed-up", "upstream calls", "tokens", "failures", "hit rate", "coalesced"):
+        found.add_column(name, justify="right")
+    slowest = results[0].wall_s
+    for result in results:
+        found.add_row(
+            result.way,
+            f"{result.wall_s:.2f}",
+            f"{slowest / result.wall_s:.1f}x" if result.wall_s else "-",
+            str(result.upstream_calls),
+            str(result.tokens),
+            str(result.failures),
+            f"{result.hit_rate:.0%}",
+            str(result.coalesced),
+        )
+    return found
+
+
+def write_json(path: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
+    """Everything measured, with what was asked of whom."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = msgspec.json.encode({"about": about, "ways": list(results)})
+    path.write_bytes(msgspec.json.format(data, indent=2) + b"\n")
+
+
+def write_chart(path: Path, results: Sequence[Result], *, title: str) -> None:
+    """Four small bar charts, one bar per way; the file's ending chooses the format (png, svg, pdf).
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 — belongs to the extra
+    except ImportError as error:
+        raise MissingExtra("a chart needs matplotlib: pip install 'llmmw[demo]'") from error
+    figure: Any = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(title)
+    colours = ("#9aa5b1", "#5b8db8", "#2a9d4e")
+    for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        values = [getattr(result, name) for result in results]
+        bars = axes.bar([result.way.replace(", ", "\n") for result in results], values, color=colours)
+        axes.bar_label(bars, labels=[f"{value:.4g}" for value in values], padding=2)
+        axes.set_title(label, fontsize=10)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0, max([*values, 1]) * 1.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
