@@ -1,0 +1,240 @@
+"""TTLCache: the same question is not paid for twice while its answer lives. Rules and reasons: SPEC 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+from llmmw.env import variable
+from llmmw.events import CacheHit, CacheMiss, CacheSkipped
+from llmmw.keys import Sharing, Uncacheable, is_deterministic
+from llmmw.layers.base import Bound
+from llmmw.layers.cachefill import Filler
+from llmmw.order import Role
+from llmmw.settings import choice, number, positive_seconds, seconds, settings, whole
+from llmmw.stores.base import Match
+from llmmw.stores.memory import MemoryStore
+from llmmw.stores.record import STORABLE_OPS, play
+from llmmw.stores.tiered import TieredStore
+
+if TYPE_CHECKING:
+    import os
+
+    from llmmw.call import Call, Handler, Reply
+    from llmmw.env import Env
+    from llmmw.keys import Draw, Sampling
+    from llmmw.stores.base import Backing, Codec
+    from llmmw.stores.memory import Resident
+
+MODES = ("on", "off", "read", "write")
+MAX_NEGATIVE_S = 30.0
+
+
+@settings
+class TTLCache:
+    """Answers from memory, and from disk where there is a directory, while they live.
+
+    Args:
+        ttl: lifetime of an answer in seconds, or text ("10m", "12h").
+        directory: keeps answers on disk too, shared by processes; default $LLMMW_CACHE_DIR, else memory only.
+        sampling: "share": the same request, the same answer. "lanes": each agent has its own k-th sample, so a rerun
+            replays the same diversity. "deterministic": only temperature 0 or seeded requests.
+        mode: "on"; "read": nothing is stored; "write": nothing is looked up, so answers are renewed; "off".
+            $LLMMW_CACHE overrides it.
+        max_bytes: memory for answers; no answer takes more than a tenth of it.
+        max_entries: answers in memory.
+        disk_bytes: size of the database on disk.
+        jitter: lifetimes vary by up to this share, so that what was stored together does not expire together.
+        negative_ttl: keeps refusals 400, 404, 413 and 422 that long (at most 30 s); 0 keeps none.
+        stale_while_revalidate: for that long after its end an answer is served while a new one is fetched.
+        stale_if_error: for that long after its end an answer is served if no new one can be had.
+        early_refresh: popular answers are fetched anew shortly before they expire (XFetch), one fetch per answer.
+        auth_check: a 401 or 403 closes its namespace to hits until a call of it succeeds again.
+        store_fallbacks: stores answers of another endpoint than the one that was asked.
+        remote_content: caches requests whose images or files are links, which can change behind the link.
+        network_directory: allows a directory on a network file system (locks there are unreliable).
+        codec: transforms entries on their way to disk, such as encryption.
+
+    Raises:
+        ConfigError: an unknown option or a value that cannot work; also when bound under a wrong $LLMMW_CACHE.
+    """
+
+    role: ClassVar[Role] = Role.CACHE
+    ttl: float | str
+    directory: str | os.PathLike[str] | None = None
+    sampling: Sampling = "share"
+    mode: Literal["on", "off", "read", "write"] = "on"
+    max_bytes: int = 256 * 1024 * 1024
+    max_entries: int = 1_000_000
+    disk_bytes: int = 1024 * 1024 * 1024
+    jitter: float = 0.1
+    negative_ttl: float | str = 0.0
+    stale_while_revalidate: float | str = 0.0
+    stale_if_error: float | str = 0.0
+    early_refresh: bool = False
+    auth_check: bool = False
+    store_fallbacks: bool = False
+    remote_content: bool = False
+    network_directory: bool = False
+    codec: Codec | None = None
+
+    def __post_init__(self) -> None:
+        keep = object.__setattr__
+        keep(self, "ttl", positive_seconds("TTLCache(ttl=)", self.ttl))
+        for name in ("negative_ttl", "stale_while_revalidate", "stale_if_error"):
+            keep(self, name, seconds(f"TTLCache({name}=)", getattr(self, name)))
+        number("TTLCache(negative_ttl=)", cast("float", self.negative_ttl), high=MAX_NEGATIVE_S)
+        choice("TTLCache(sampling=)", self.sampling, ("share", "lanes", "deterministic"))
+        choice("TTLCache(mode=)", self.mode, MODES)
+        whole("TTLCache(max_bytes=)", self.max_bytes)
+        whole("TTLCache(max_entries=)", self.max_entries)
+        whole("TTLCache(disk_bytes=)", self.disk_bytes, low=1024 * 1024)
+        number("TTLCache(jitter=)", self.jitter, high=0.5)
+
+    def bind(self, inner: Handler, env: Env) -> BoundCache:
+        """Running state; the directory is opened on first use.
+
+        Raises:
+            ConfigError: $LLMMW_CACHE is none of the modes.
+        """
+        mode = variable("LLMMW_CACHE").lower() or self.mode
+        choice("$LLMMW_CACHE", mode, MODES)
+        grace_s = max(cast("float", self.stale_while_revalidate), cast("float", self.stale_if_error))
+        memory = MemoryStore(self.max_bytes, self.max_entries)
+        backing = None if mode == "off" else self._backing(env)
+        return BoundCache(inner, env, self, mode, TieredStore(memory, backing, env.clock, grace_s=grace_s))
+
+    def _backing(self, env: Env) -> Backing | None:
+        directory = self.directory if self.directory is not None else variable("LLMMW_CACHE_DIR") or None
+        if directory is None:
+            return None
+        from llmmw.stores.disk import DiskStore  # noqa: PLC0415 — diskcache and sqlite only where they are used
+
+        return DiskStore(
+            Path(directory).expanduser(),
+            env,
+            max_bytes=self.disk_bytes,
+            codec=self.codec,
+            network=self.network_directory,
+        )
+
+
+class BoundCache(Bound):
+    """A TTLCache at work."""
+
+    def __init__(self, inner: Handler, env: Env, settings: TTLCache, mode: str, store: TieredStore) -> None:
+        super().__init__(inner, env)
+        self._settings = settings
+        self._mode = mode
+        self._reads = mode in {"on", "read"}
+        self._store = store
+        self._sharing = Sharing(settings.sampling, remote_content=settings.remote_content)
+        self._filler = Filler(inner, env, settings, store, self._sharing, stores=mode in {"on", "write"})
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer from the cache, or ask inside and keep the answer."""
+        draw = self._draw(call)
+        if draw is None:
+            return await self.inner(call)
+        stale = None
+        if self._reads and not self._filler.is_shut(call.namespace):
+            tier, resident = "memory", self._store.peek(draw.key)
+            if resident is None and self._store.backing is not None:
+                tier, resident = "disk", await self._store.fetch(draw.key)
+            if resident is not None:
+                reply = self._hit(call, draw, resident, tier)
+                if reply is not None:
+                    return reply
+                stale = resident
+            self.env.emit(CacheMiss())
+        return await self._filler.fill(call, draw, stale)
+
+    def peek(self, call: Call) -> Reply | None:
+        """A fresh answer in memory; from any thread."""
+        if not self._reads or self._filler.is_shut(call.namespace):
+            return None
+        draw = self._draw(call, told=False)
+        if draw is None:
+            return None
+        resident = self._store.peek(draw.key)
+        if resident is not None and not self._filler.wants_refresh(resident):
+            reply = self._hit(call, draw, resident, "memory")
+            if reply is not None:
+                return reply
+        self._sharing.give_back(draw)
+        return None
+
+    def _draw(self, call: Call, *, told: bool = True) -> Draw | None:
+        """The call's place among those that share its answer, or None where the cache has nothing to do with it."""
+        if self._mode == "off":
+            return None
+        reason = "unknown operation"
+        if call.op in STORABLE_OPS:
+            try:
+                draw = self._sharing.draw(call)
+            except Uncacheable as error:
+                reason = error.reason
+            else:
+                if draw.key:
+                    return draw
+                reason = "not deterministic"
+        if told:
+            self.env.emit(CacheSkipped(reason))
+        return None
+
+    def _hit(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
+        """The answer from an entry, or None where it is too old or has not the form that is asked for."""
+        entry = resident.entry
+        reply = None if call.stream else resident.reply
+        if reply is None:
+            reply = play(entry, call)
+            if reply is None:
+                return None
+            if reply.data is entry.data:
+                resident.reply = reply  # frozen, so every hit can be given the same object
+        state = self._filler.state_of(resident)
+        if state != "fresh":
+            if state == "expired":
+                return None
+            self._filler.refresh(call, draw)
+        is_stale = state == "stale"
+        if is_stale:
+            reply = reply.replace(stale=True)
+        header = entry.header
+        self.env.emit(CacheHit(tier, header.usage, header.cost_s, is_stale, call.context.agent))
+        return reply
+
+    def invalidate(self, call: Call) -> int:
+        """Forget every stored answer to this request, in all its lanes; a fill in flight does not bring it back.
+
+        Returns how many entries left memory; rows on disk go in the background.
+        """
+        try:
+            base = Sharing("share", remote_content=self._settings.remote_content).draw(call).base
+        except Uncacheable:
+            return 0
+        if self._settings.sampling == "lanes" and not is_deterministic(call):
+            return self._store.discard(Match("base", base))
+        return self._store.forget(base)
+
+    def invalidate_namespace(self, namespace: str) -> int:
+        """Forget every answer of a namespace; returns how many left memory."""
+        return self._store.discard(Match("namespace", namespace))
+
+    def invalidate_tag(self, tag: str) -> int:
+        """Forget every answer stored under `using(tags=)`; returns how many left memory."""
+        return self._store.discard(Match("tag", tag))
+
+    def rehome(self) -> None:
+        """Refreshes under way are dropped; entries stay."""
+        self._filler.rehome()
+        self._store.rehome()
+
+    async def aclose(self) -> None:
+        """Stop refreshes and flush the disk tier."""
+        await self._filler.aclose()
+        await self._store.aclose()
+
+    def gauges(self) -> dict[str, object]:
+        """Mode, and the readings of the store."""
+        return {"mode": self._mode} | self._store.gauges()

@@ -1,0 +1,252 @@
+"""The other half of the cache: getting an answer that is not there, keeping it, renewing it before it is missed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+from typing import TYPE_CHECKING, Literal, cast
+
+from llmmw.events import CacheHit, CacheSkipped, CacheStored
+from llmmw.fault import FaultKind, classify
+from llmmw.stores.record import Making, NotStorable, is_whole, record_reply, record_stream
+from llmmw.stores.record import play as play_entry
+from llmmw.stream import Tap
+
+if TYPE_CHECKING:
+    from llmmw.call import Call, Chunk, Handler, Reply
+    from llmmw.env import Env
+    from llmmw.keys import Draw, Sharing
+    from llmmw.layers.cache import TTLCache
+    from llmmw.stores.entry import Entry
+    from llmmw.stores.memory import Resident
+    from llmmw.stores.tiered import TieredStore
+    from llmmw.stream import End
+
+State = Literal["fresh", "due", "stale", "expired"]
+
+_PASSING = frozenset({
+    FaultKind.NOT_SENT, FaultKind.RATE, FaultKind.SERVER, FaultKind.AMBIGUOUS, FaultKind.MALFORMED, FaultKind.REFUSED,
+})  # fmt: skip
+"""Faults under which an expired answer is better than none; what the caller did wrong is not covered up."""
+
+
+class Filler:
+    """Asks inside and stores what may be stored, under the settings of one cache."""
+
+    def __init__(
+        self, inner: Handler, env: Env, settings: TTLCache, store: TieredStore, sharing: Sharing, *, stores: bool
+    ) -> None:
+        self.inner = inner
+        self.env = env
+        self.settings = settings
+        self.store = store
+        self.sharing = sharing
+        self._stores = stores
+        self._revalidate_s = cast("float", settings.stale_while_revalidate)
+        self._on_error_s = cast("float", settings.stale_if_error)
+        self._shut: set[str] = set()
+        self._refreshes: dict[bytes, asyncio.Task[None]] = {}
+
+    def is_shut(self, namespace: str) -> bool:
+        """Whether a namespace gets no hits because its credential was refused."""
+        return bool(self._shut) and namespace in self._shut
+
+    def state_of(self, resident: Resident) -> State:
+        """What may be done with an entry now; "due" is fresh, but worth renewing."""
+        now = self.env.clock.monotonic()
+        if now < resident.expires:
+            return "due" if self._is_due(resident, now) else "fresh"
+        return "stale" if now < resident.expires + self._revalidate_s else "expired"
+
+    def wants_refresh(self, resident: Resident) -> bool:
+        """Whether a hit on this entry should start a refresh (or it is no hit at all)."""
+        return self.state_of(resident) != "fresh"
+
+    def _is_due(self, resident: Resident, now: float) -> bool:
+        # XFetch (Vattani, Chierichetti, Lowenstein, VLDB 2015), beta = 1: the costlier, the earlier.
+        if not self.settings.early_refresh:
+            return False
+        ahead = -resident.entry.header.cost_s * math.log(1.0 - self.env.rng.random())
+        return now + ahead >= resident.expires
+
+    async def fill(self, call: Call, draw: Draw, stale: Resident | None) -> Reply:
+        """Ask inside; the answer is stored before the caller gets it.
+
+        Args:
+            call: as the caller made it.
+            draw: its place in the cache.
+            stale: an entry past its end, for `stale_if_error`.
+        """
+        fill = Fill(self, call, draw)
+        try:
+            reply = await self.inner(call.replace(key=draw.key, on_answer=fill.answered))
+        except BaseException as error:
+            self.sharing.give_back(draw)
+            found = self._instead(call, stale, error) if isinstance(error, Exception) else None
+            if found is None:
+                raise
+            return found
+        if not fill.done and reply.source != "coalesced":
+            reply = fill.answered(reply)
+        if reply.ok:
+            return reply
+        self.sharing.give_back(draw)
+        return self._instead(call, stale, reply) or reply
+
+    def _instead(self, call: Call, stale: Resident | None, outcome: Reply | Exception) -> Reply | None:
+        """The expired answer, where nothing better can be had and `stale_if_error` allows it."""
+        clock = self.env.clock
+        if stale is None or clock.monotonic() >= stale.expires + self._on_error_s:
+            return None
+        fault = classify(outcome, wall=clock.wall())
+        reply = play_entry(stale.entry, call) if fault is not None and fault.kind in _PASSING else None
+        if reply is None:
+            return None
+        header = stale.entry.header
+        self.env.emit(CacheHit("memory", header.usage, header.cost_s, stale=True, agent=call.context.agent))
+        return reply.replace(stale=True)
+
+    def note_credential(self, call: Call, reply: Reply) -> None:
+        """A refused credential closes its namespace to hits, a success opens it again."""
+        if self.settings.auth_check and reply.source == "upstream":
+            if reply.status in {401, 403}:
+                self._shut.add(call.namespace)
+            elif reply.ok:
+                self._shut.discard(call.namespace)
+
+    def why_not(self, call: Call, reply: Reply) -> str | None:
+        """Why an answer is not even looked at, or None."""
+        if not self._stores:
+            return "mode"
+        if reply.endpoint and call.target and reply.endpoint != call.target and not self.settings.store_fallbacks:
+            return "fallback's answer"
+        if not reply.ok and not self.settings.negative_ttl:
+            return "refused"
+        return None
+
+    def making(self, draw: Draw, reply: Reply, extra_s: float = 0.0) -> Making:
+        """Lifetime and cost of a new entry."""
+        settings = self.settings
+        ttl_s = cast("float", settings.ttl if reply.ok else settings.negative_ttl)
+        spread = 1.0 + settings.jitter * (2.0 * self.env.rng.random() - 1.0) if settings.jitter else 1.0
+        return Making(draw.base, self.env.clock.wall(), ttl_s * spread, reply.service_s + extra_s)
+
+    def keep(self, draw: Draw, entry: Entry, since: int) -> None:
+        """Store an entry, unless its request was invalidated since the fill began."""
+        if self.store.put(draw.key, entry, since=since):
+            self.env.emit(CacheStored(entry.size))
+        else:
+            self.env.emit(CacheSkipped("too large or invalidated"))
+
+    def refresh(self, call: Call, draw: Draw) -> None:
+        """Fetch an answer anew in the background, once per key at a time. What goes wrong leaves the old one."""
+        if draw.key in self._refreshes:
+            return
+        # A user's function needs its caller's context variables; an HTTP call must not keep any alive.
+        context = contextvars.copy_context() if call.inherits_context else contextvars.Context()
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._refresh(call.within(deadline=None), draw), context=context)
+        self._refreshes[draw.key] = task
+        task.add_done_callback(lambda _: self._refreshes.pop(draw.key, None))
+
+    async def _refresh(self, call: Call, draw: Draw) -> None:
+        fill = Fill(self, call, draw)
+        try:
+            reply = await self.inner(call.replace(key=draw.key, on_answer=fill.answered))
+            if not fill.done and reply.source != "coalesced":
+                reply = fill.answered(reply)
+            if reply.chunks is not None:
+                async for _ in reply.chunks:
+                    pass
+        except Exception as error:  # noqa: BLE001 — nobody waits for it, and a user's function raises anything
+            self.env.emit(CacheSkipped(f"refresh failed: {type(error).__name__}"))
+
+    def rehome(self) -> None:
+        """The tasks died with their loop."""
+        self._refreshes.clear()
+
+    async def aclose(self) -> None:
+        """Stop refreshing."""
+        tasks = list(self._refreshes.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class Fill:
+    """One answer on its way into the cache."""
+
+    def __init__(self, filler: Filler, call: Call, draw: Draw) -> None:
+        self._filler = filler
+        self._call = call
+        self._draw = draw
+        self._since = filler.store.generation
+        self.done = False
+
+    def answered(self, reply: Reply) -> Reply:
+        """Store a whole answer, or record a stream while it is read. Called once, by whoever owns the answer."""
+        self.done = True
+        filler, call = self._filler, self._call
+        filler.note_credential(call, reply)
+        reason = filler.why_not(call, reply)
+        if reason is not None:
+            if reason != "mode":
+                filler.env.emit(CacheSkipped(reason))
+            return reply
+        if reply.chunks is not None:
+            recorder = Recorder(filler, call, reply, self._draw, self._since)
+            return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
+        try:
+            entry = record_reply(call, reply, filler.making(self._draw, reply))
+        except NotStorable as error:
+            filler.env.emit(CacheSkipped(error.reason))
+        else:
+            filler.keep(self._draw, entry, self._since)
+        return reply
+
+
+class Recorder:
+    """Keeps the chunks of a passing stream, and stores them if it ended well."""
+
+    def __init__(self, filler: Filler, call: Call, reply: Reply, draw: Draw, since: int) -> None:
+        self._filler = filler
+        self._call = call
+        self._reply = reply
+        self._draw = draw
+        self._since = since
+        self._began = filler.env.clock.monotonic()
+        self._chunks: list[Chunk] | None = []
+        self._room = filler.store.max_item_bytes
+
+    def add(self, chunk: Chunk) -> None:
+        """One more chunk; a stream too large to be stored is not kept in memory either."""
+        if self._chunks is None:
+            return
+        data = chunk if isinstance(chunk, bytes) else chunk.data
+        self._room -= len(data) if data is not None else 0
+        if self._room < 0 or data is None:
+            self._chunks = None
+            self._filler.env.emit(CacheSkipped("no encoded form" if data is None else "too large"))
+        else:
+            self._chunks.append(chunk)
+
+    def ended(self, end: End) -> None:
+        """The stream is over."""
+        filler, chunks, self._chunks = self._filler, self._chunks, None
+        if end.how == "failed":
+            filler.sharing.give_back(self._draw)
+        if chunks is None:
+            return
+        finished = end.how == "finished" or (end.how == "closed" and is_whole(self._call.op, chunks))
+        took = filler.env.clock.monotonic() - self._began
+        try:
+            if not finished:
+                raise NotStorable(f"stream {end.how}")  # noqa: TRY301 — one place that tells why
+            making = filler.making(self._draw, self._reply, took)
+            entry = record_stream(self._call, self._reply, chunks, end.usage, making)
+        except NotStorable as error:
+            filler.env.emit(CacheSkipped(error.reason))
+        else:
+            filler.keep(self._draw, entry, self._since)
