@@ -1,0 +1,302 @@
+"""HTTP requests of somebody else's SDK become calls, replies become responses; knows no HTTP library.
+
+What goes through the layers: POSTs of a JSON object to a path of `wire.PATHS`. Everything else (model lists, files,
+audio, multipart) is `Call.direct`: sent over the same pool, counted, otherwise untouched.
+
+Failures (SPEC 7, transport edge), chosen by reading the retry loops of openai 2 and 3 and anthropic 2:
+
+- Both obey `x-should-retry: false` on a response and then raise the exception class of its status. So a refusal by
+  llmmw is a 429 or 503, an answer that is no answer a 502, each with that header; a refusal by the server keeps its
+  status, body and headers and gets it too where the stack has a Retry layer.
+- Both turn the HTTP library's time-out and connection errors into APITimeoutError and APIConnectionError, which is
+  what their users catch, but only after `max_retries` further attempts, and no exception of the library can ask
+  them not to. So the library's own exception is raised, and where the stack has a Retry layer the SDK's repetition
+  (same context, same request, `x-stainless-retry-count` > 0) gets the same exception again without anything being
+  sent. The SDK still sleeps between its attempts: `max_retries=0` saves that second.
+"""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+
+from llmmw.call import Call, current_context
+from llmmw.endpoints.anywhere import Patient, TimedRequest
+from llmmw.env import disabled
+from llmmw.errors import (
+    AllEndpointsFailed,
+    ConnectionFailed,
+    LLMMWError,
+    ProtocolError,
+    RateLimited,
+    Refused,
+    ResponseTooLarge,
+    StaleConnection,
+    StatusError,
+    UpstreamTimeout,
+)
+from llmmw.events import Warned
+from llmmw.identity import Namespaces
+from llmmw.keys import VARIANT_HEADERS
+from llmmw.order import Role
+from llmmw.pool.guard import origin_of
+from llmmw.wire import HOP_BY_HOP, PATHS, op_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llmmw.call import Reply
+    from llmmw.endpoints.base import Endpoint
+    from llmmw.engine import Engine
+    from llmmw.env import Env
+    from llmmw.stack import Stack
+
+RawHeaders = list[tuple[bytes, bytes]]
+Failure = Literal["ReadTimeout", "ConnectTimeout", "ConnectError", "ReadError", "RemoteProtocolError"]
+"""Exception classes that httpx and httpx2 both have."""
+
+_CREDENTIALS = frozenset({
+    "authorization", "x-api-key", "api-key", "x-goog-api-key", "openai-organization", "openai-project",
+})  # fmt: skip
+"""Headers that say who asks; the last two choose an account within a credential."""
+_NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "accept-encoding"}
+"""The pool writes its own."""
+_NOT_RETURNED = HOP_BY_HOP | {"content-length", "content-encoding"}
+"""The body has been decoded."""
+_OF_ONE_CONNECTION = frozenset({"set-cookie", "date", "age"})
+"""Not repeated with an answer that this request did not cause."""
+_DECODER = msgspec.json.Decoder(dict[str, Any])
+_MAX_PLACES = 1024
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A response in parts: what an HTTP library needs to build its own."""
+
+    status: int
+    headers: RawHeaders
+    body: bytes = b""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """What a URL says about a call."""
+
+    op: str
+    known: bool
+    target: str
+    variant: tuple[tuple[str, str], ...]
+    credential: str
+
+
+class Repeated(Exception):
+    """The SDK repeats a request that llmmw has given up; `kind` is the exception to raise again."""
+
+    def __init__(self, kind: Failure, message: str) -> None:
+        super().__init__(message)
+        self.kind: Failure = kind
+
+
+class _GivenUp(msgspec.Struct, frozen=True):
+    """The last failure in a context, without the exception (which would keep frames alive)."""
+
+    edge: int
+    url: str
+    body: int
+    kind: Failure
+    message: str
+
+
+_given_up: ContextVar[_GivenUp | None] = ContextVar("llmmw_given_up", default=None)
+
+
+class HTTPEdge:
+    """One engine under one HTTP client.
+
+    Args:
+        stack: the layers.
+        endpoint: where requests go.
+        env: clock, randomness and sinks, for tests.
+    """
+
+    def __init__(self, stack: Stack, endpoint: Endpoint, env: Env | None = None) -> None:
+        self.engine: Engine = stack.bind(Patient(endpoint), env=env)
+        self._retries = Role.RETRY in stack and not disabled()
+        directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
+        self._namespaces = Namespaces(directory)
+        self._places: dict[str, Place] = {}
+        self._warned = False
+
+    # ── request → call ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def call(
+        self, method: str, url: str, headers: Sequence[tuple[bytes, bytes]], body: bytes, timeout: Mapping[str, Any]
+    ) -> Call:
+        """The call for a request.
+
+        Args:
+            method: in upper case.
+            url: absolute.
+            headers: as the library would send them.
+            body: encoded.
+            timeout: the library's extension: "connect" and "read" in seconds.
+
+        Raises:
+            Repeated: the SDK repeats what was given up.
+        """
+        place = self._places.get(url) or self._learn(url)
+        kept: list[tuple[str, str]] = []
+        variant = place.variant
+        credential = place.credential
+        for raw_name, raw_value in headers:
+            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+            if name in _NOT_FORWARDED:
+                continue
+            kept.append((name, value))
+            if name in _CREDENTIALS:
+                credential = f"{credential}\n{name}: {value}"
+            elif name in VARIANT_HEADERS:
+                variant = tuple(sorted((*variant, (name, value))))
+            elif name == "x-stainless-retry-count" and value != "0":
+                self._repeated(url, body)
+        payload = _payload(body) if place.known and method == "POST" else None
+        context = current_context()
+        model = None if payload is None else payload.get("model")
+        return Call(
+            place.op,
+            model if isinstance(model, str) else "",
+            {} if payload is None else payload,
+            payload is not None and payload.get("stream") is True,
+            context,
+            TimedRequest(method, url, tuple(kept), body, timeout.get("read")),
+            place.target,
+            self._namespaces.of(credential, context.tenant),
+            variant,
+            connect_s=timeout.get("connect"),
+            direct=payload is None,
+        )
+
+    def _learn(self, url: str) -> Place:
+        if len(self._places) >= _MAX_PLACES:
+            self._places.clear()
+        parts = urlsplit(url)
+        op = op_of(parts.path)
+        known = op in PATHS
+        prefix = parts.path.rstrip("/").removesuffix(PATHS[op]) if known else ""
+        query = parse_qsl(parts.query, keep_blank_values=True)
+        place = Place(
+            op,
+            known,
+            origin_of(parts) + prefix,
+            tuple(sorted((f"?{name}", value) for name, value in query if name != "key")),
+            "\n".join(f"?key={value}" for name, value in query if name == "key"),
+        )
+        self._places[url] = place
+        return place
+
+    def _repeated(self, url: str, body: bytes) -> None:
+        if not self._retries:
+            return
+        if not self._warned:
+            self._warned = True
+            message = (
+                "the SDK repeats failed requests by itself, on top of this stack's Retry layer; "
+                "make its client with max_retries=0"
+            )
+            self.engine.env.emit(Warned("doubled-retries", message))
+        last = _given_up.get()
+        if last is not None and (last.edge, last.url, last.body) == (id(self), url, hash(body)):
+            raise Repeated(last.kind, last.message)
+
+    # ── reply → response ────────────────────────────────────────────────────────────────────────────────────────
+
+    def answer(self, reply: Reply) -> Answer:
+        """The response to a reply; of a stream without its body."""
+        source = reply.source
+        own = source not in {"cache", "coalesced"}
+        headers: RawHeaders = []
+        typed = False
+        for name, value in reply.headers:
+            if name in _NOT_RETURNED or not (own or name not in _OF_ONE_CONNECTION):
+                continue
+            typed = typed or name == "content-type"
+            headers.append((name.encode("latin-1"), value.encode("latin-1")))
+        if not typed and reply.status == 200:  # noqa: PLR2004 — an answer out of a store, whose form is known
+            headers.append((b"content-type", b"application/json" if reply.chunks is None else b"text/event-stream"))
+        headers.append((b"x-llmmw-source", source.encode()))
+        headers.append((b"x-llmmw-attempts", _count_attempts(reply)))
+        if not reply.ok and self._retries:
+            headers = [pair for pair in headers if pair[0] != b"x-should-retry"]
+            headers.append((b"x-should-retry", b"false"))
+        body = reply.data or b""
+        if reply.chunks is None:
+            headers.append((b"content-length", b"%d" % len(body)))
+        return Answer(reply.status, headers, body)
+
+    def failure(self, error: LLMMWError, url: str, body: bytes) -> Answer | Failure:
+        """What to make of an error: a response, or the name of the library's exception."""
+        found = _failure_of(error)
+        if isinstance(found, Answer):
+            return found
+        if self._retries:
+            _given_up.set(_GivenUp(id(self), url, hash(body), found, error.message))
+        return found
+
+
+def _count_attempts(reply: Reply) -> bytes:
+    # A refusal's own attempt is among its attempts, where a Retry layer made the list.
+    return b"0" if reply.source == "cache" else b"%d" % max(1, len(reply.attempts) + reply.ok)
+
+
+def _payload(body: bytes) -> dict[str, Any] | None:
+    try:
+        return _DECODER.decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError, RecursionError):
+        return None
+
+
+def _failure_of(error: BaseException) -> Answer | Failure:
+    if isinstance(error, AllEndpointsFailed):
+        found = _failure_of(error.exceptions[-1])
+        return _refusal(found.status, error) if isinstance(found, Answer) else found
+    if isinstance(error, StatusError):
+        return _refusal(error.status, error, error.retry_after_s, error.code)
+    if isinstance(error, Refused):
+        return _refusal(429 if isinstance(error, RateLimited) else 503, error, error.retry_after_s)
+    kind = stream_failure(error)
+    if isinstance(error, ProtocolError | ResponseTooLarge) or kind is None:
+        return _refusal(502, error)
+    return kind
+
+
+def stream_failure(error: BaseException) -> Failure | None:
+    """The library's exception for an error of the way to the server; None where it has none."""
+    if isinstance(error, UpstreamTimeout):
+        return "ReadTimeout" if error.sent else "ConnectTimeout"
+    if isinstance(error, ConnectionFailed):
+        return "ConnectError"
+    if isinstance(error, StaleConnection | ProtocolError):
+        return "RemoteProtocolError"
+    return "ReadError" if isinstance(error, LLMMWError) and not isinstance(error, Refused) else None
+
+
+_SNAKE = str.maketrans({letter: f"_{letter.lower()}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
+
+
+def _refusal(status: int, error: BaseException, retry_after_s: float | None = None, code: str | None = None) -> Answer:
+    """A response in llmmw's own name; its body has the shape of OpenAI's and of Anthropic's errors at once."""
+    kind = type(error).__name__.translate(_SNAKE).removeprefix("_")
+    message = error.message if isinstance(error, LLMMWError) else str(error)
+    told = {"message": f"llmmw: {message}", "type": kind, "param": None, "code": code or kind}
+    body = msgspec.json.encode({"type": "error", "error": told})
+    headers: RawHeaders = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-should-retry", b"false"),
+        (b"x-llmmw-attempts", b"%d" % len(getattr(error, "attempts", ()))),
+    ]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % math.ceil(retry_after_s)))
+    return Answer(status, headers, body)
