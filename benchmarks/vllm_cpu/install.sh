@@ -52,7 +52,7 @@ rm -f "$STAMP"
 PY=$VENV/bin/python
 
 say "torch $TORCH (pip)"
-"$PY" -m pip install -q --disable-pip-version-check --no-input "torch==$TORCH" || die \
+"$PY" -m pip install -qq --disable-pip-version-check --no-input "torch==$TORCH" || die \
   "pip found no installable torch==$TORCH for Python 3.11 on x86-64 (its own words are above)." \
   "Name a folder that holds the CPU wheel:      export PIP_FIND_LINKS=/path/to/wheels" \
   "or the CPU index the PyTorch site documents: export PIP_EXTRA_INDEX_URL=...   and run this again."
@@ -64,7 +64,7 @@ if [ -n "$UV" ] && say "vLLM $VLLM and its packages (uv)" &&
   :
 else
   say "vLLM $VLLM and its packages (pip)"
-  "$PY" -m pip install -q --disable-pip-version-check --no-input --no-deps -r "$HERE/requirements.txt" || die \
+  "$PY" -m pip install -qq --disable-pip-version-check --no-input --no-deps -r "$HERE/requirements.txt" || die \
     "the pinned packages did not install (pip's own words are above); it is safe to run this again."
 fi
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import os
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
 
 HERE = pathlib.Path(__file__).resolve().parent
 STATE = HERE.parent.parent / ".vllm"  # git-ignored: venv, model, compiled kernels, logs, lock
-STOP_GRACE_S = 20.0
-GROUP_GRACE_S = 5.0
+STOP_GRACE_S = 6.0  # a ready server needs 0.4 s; one that starts does not listen to SIGTERM
+GROUP_GRACE_S = 2.0
+KEPT_LOGS = 5
 TAIL_LINES = 40
 
 
@@ -87,9 +87,8 @@ class Signals:
 SIGNALS = Signals()
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to send SIGTERM to the coming process when this one dies without a chance to clean up."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+# Reads until the pipe from this program closes, which happens however it ends, then ends the group it was given.
+GUARD = 'read -r _; kill -TERM -- "-$0"; sleep 5; kill -KILL -- "-$0"'
 
 
 def group_members(group: int) -> list[int]:
@@ -104,7 +103,7 @@ def group_members(group: int) -> list[int]:
 
 
 class Child:
-    """A process in a session and process group of its own, which leaves nothing behind when the block ends."""
+    """A process with a group of its own, which ends with the block, or with this program when that is killed."""
 
     def __init__(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, log: pathlib.Path | None = None
@@ -113,6 +112,7 @@ class Child:
         self._env = env
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -121,10 +121,16 @@ class Child:
                     self._argv,
                     env=self._env,
                     stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT if out else None,
+                    stdout=out or sys.stderr,  # standard output is the command's alone
+                    stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - this program has one thread
+                )
+                self._guard = subprocess.Popen(
+                    ["bash", "-c", GUARD, str(self._process.pid)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
         except Stopped:
             self.stop()
@@ -161,11 +167,15 @@ class Child:
             if self.ended() is None:
                 os.kill(self.pid, signal.SIGTERM)
                 self.wait(STOP_GRACE_S)
-            deadline = time.monotonic() + GROUP_GRACE_S  # Python's resource tracker frees shared memory last
+            # Python's resource tracker outlives the server a little, to free its shared memory.
+            deadline = time.monotonic() + (GROUP_GRACE_S if self.ended() is not None else 0.0)
             while group_members(self.pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+            if self._guard is not None:  # before the pid is free for others
+                self._guard.kill()
+                self._guard.communicate()
             self._process.wait()
 
 
@@ -259,8 +269,10 @@ def choose_port(port: int) -> int:
 
 @contextlib.contextmanager
 def server(settings: Settings) -> Iterator[Running]:
-    """A ready, warmed-up server for the length of the block; its log is kept when something went wrong."""
+    """A ready, warmed-up server for the length of the block."""
     prepare(settings)
+    for old in sorted(STATE.glob("server-*.log"), key=lambda log: log.stat().st_mtime)[: 1 - KEPT_LOGS]:
+        old.unlink(missing_ok=True)
     port = choose_port(settings.port)
     base = f"http://127.0.0.1:{port}"
     log = STATE / f"server-{port}.log"
@@ -286,7 +298,6 @@ def server(settings: Settings) -> Iterator[Running]:
         began = time.monotonic()
         child.stop()
         say(f"stopped in {time.monotonic() - began:.1f} s")
-    log.unlink(missing_ok=True)
 
 
 def run(settings: Settings, command: list[str]) -> int:
