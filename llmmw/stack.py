@@ -64,7 +64,7 @@ class Stack:
 
         Args:
             deadline: for a whole call, waiting included (seconds or text).
-            cache_ttl: switches the cache
+            cache_ttl: switches the cache on.
             cache_directory: keeps cached answers on disk too.
             sampling: who shares an answer: "share", "lanes" or "deterministic".
             fallbacks: other endpoints, asked in order when the first fails.
