@@ -98,21 +98,25 @@ def tagged_form(head: tuple[object, ...], body: Mapping[str, Any]) -> bytes:
 def _is_flat(body: dict[str, Any]) -> bool:
     """Whether a body is only texts, numbers and messages of texts (then its JSON is injective without proof)."""
     for name, value in body.items():
-        kind = cast("type[object]", type(value))
+        kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]  # a cast costs more than the test
         if kind in _SCALARS:
             continue
         if kind is float:
             if value - value != 0:  # NaN and the infinities would be written as null
                 return False
-        elif name == "messages" and kind is list:
-            for message in value:
-                if type(message) is not dict:
-                    return False
-                for part in message.values():  # pyright: ignore[reportUnknownVariableType]  # checked right here
-                    if type(part) is not str:  # pyright: ignore[reportUnknownArgumentType]
-                        return False
-        else:
+        elif name != "messages" or kind is not list or not _are_texts(value):
             return False
+    return True
+
+
+def _are_texts(messages: list[Any]) -> bool:
+    """Whether every message is a mapping of texts."""
+    for message in messages:
+        if type(message) is not dict:
+            return False
+        for part in message.values():  # pyright: ignore[reportUnknownVariableType]  # checked in the next line
+            if type(part) is not str:  # pyright: ignore[reportUnknownArgumentType]
+                return False
     return True
 
 
@@ -186,7 +190,7 @@ def _pairs(mapping: Mapping[Any, Any], depth: int, *, ordered: bool) -> Iterable
 
 def _tagged_object(value: object, depth: int) -> object:
     """Objects with a declared form: enums, dataclasses, msgspec and pydantic objects, pydantic classes."""
-    kind: type[Any] = value.__class__
+    kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]  # any class at all
     if isinstance(value, type):
         schema = getattr(value, "model_json_schema", None)
         if not callable(schema):
@@ -204,7 +208,7 @@ def _tagged_object(value: object, depth: int) -> object:
 
 def _fields_of(value: Any) -> dict[str, Any] | None:
     """Everything an object of a declared kind holds, or None for another kind or for hidden state."""
-    kind: Any = type(value)
+    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]  # any class at all
     held: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     if isinstance(value, msgspec.Struct):
         fields: dict[str, Any] = msgspec.structs.asdict(value)

@@ -1,0 +1,257 @@
+"""Which calls are the same question: the key of a call, and which calls may share an answer.
+
+`key_of` is the identity of a request. `Sharing` decides, for cache and coalescer alike, whether and under which
+key a call may be answered by another call's answer.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+
+from llmmw.canonical import Uncacheable, json_form, tagged_form
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmmw.call import Call
+
+__all__ = [
+    "KEY_SCHEMA", "NOT_SHARED", "Draw", "Lanes", "Sampling", "Sharing", "Uncacheable", "explain_difference",
+    "is_deterministic", "key_of",
+]  # fmt: skip
+
+KEY_SCHEMA = 1
+"""Part of every key; raised when the form changes, so that old entries are not found rather than misread."""
+
+Sampling = Literal["share", "lanes", "deterministic"]
+
+TRANSPORT_FIELDS = frozenset({
+    "stream", "stream_options", "timeout", "max_retries", "metadata", "idempotency_key", "extra_headers",
+    "request_id", "priority",
+})  # fmt: skip
+"""Body fields that cannot change the answer; every other field counts. The last two are vLLM's (name of the
+request, place in its queue)."""
+
+VARIANT_HEADERS = frozenset({"api-version", "anthropic-version", "anthropic-beta", "openai-beta"})
+"""The headers among `extra_headers` that choose another behaviour of the server."""
+
+_SPECIAL = TRANSPORT_FIELDS | {"extra_body", "conversation"}
+_MAX_LANES = 500_000
+
+
+def key_of(call: Call, *, lane: str = "", remote_content: bool = False) -> bytes:
+    """The 32-byte key of a request. Equal keys mean: the same answer would do.
+
+    Args:
+        call: for op "function" every argument counts; otherwise fields of the transport are left out,
+            `extra_body` is merged first, and mapping order counts inside schemas only.
+        lane: sets apart independent samples of one request.
+        remote_content: whether a request that links to remote content has a key.
+
+    Raises:
+        Uncacheable: the request has no injective form, or its answer depends on more than itself.
+    """
+    context = call.context
+    if call.op == "function":
+        digest = sha256(tagged_form(_head(call, context.tenant), call.payload)).digest()
+    else:
+        payload = call.payload
+        body: dict[str, Any] = payload if type(payload) is dict else dict(payload)  # pyright: ignore[reportUnknownVariableType]
+        if not _SPECIAL.isdisjoint(body):
+            body, call = _wire_body(body, call)
+        form = json_form(_head(call, context.tenant), body, remote_content=remote_content)
+        digest = sha256(form).digest()
+    return _in_lane(digest, lane) if lane else digest
+
+
+def _head(call: Call, tenant: str | None) -> tuple[object, ...]:
+    return (KEY_SCHEMA, call.op, call.target, call.model, call.namespace, tenant, call.variant)
+
+
+def _in_lane(base: bytes, lane: str) -> bytes:
+    try:
+        return sha256(base + lane.encode()).digest()
+    except UnicodeEncodeError:
+        raise Uncacheable("lone surrogate") from None
+
+
+def _wire_body(body: Mapping[str, Any], call: Call) -> tuple[dict[str, Any], Call]:
+    """The body as it is sent, without fields of the transport; headers that matter move to the call's variant."""
+    merged = dict(body)
+    extra = merged.pop("extra_body", None)
+    if isinstance(extra, dict):
+        merged.update(cast("dict[str, Any]", extra))
+    elif extra is not None:
+        raise Uncacheable("extra_body that is not a mapping")
+    if merged.get("conversation") is not None and call.op == "responses":
+        raise Uncacheable("conversation kept by the server")
+    headers = merged.get("extra_headers")
+    if isinstance(headers, dict):
+        named = cast("dict[object, object]", headers)
+        added = {(str(name).lower(), str(value)) for name, value in named.items()}
+        kept = {(name, value) for name, value in added if name in VARIANT_HEADERS}
+        if kept:
+            call = call.replace(variant=tuple(sorted({*call.variant, *kept})))
+    return {name: value for name, value in merged.items() if name not in TRANSPORT_FIELDS}, call
+
+
+def is_deterministic(call: Call) -> bool:
+    """Whether the same request should get the same answer again: temperature 0 or an explicit seed, and one sample.
+
+    Embeddings always are. A function is judged by its arguments: it is where it was given `temperature=0` or a
+    `seed` (also inside a mapping argument named `extra_body`). No temperature is not temperature 0.
+    """
+    if call.op == "embed":
+        return True
+    fields: Mapping[str, Any] = call.payload
+    extra = fields.get("extra_body")
+    if isinstance(extra, dict):
+        fields = {**fields, **cast("dict[str, Any]", extra)}
+    if not (_is_one(fields.get("n")) and _is_one(fields.get("best_of"))):
+        return False
+    temperature, seed = fields.get("temperature"), fields.get("seed")
+    is_zero = isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0
+    return is_zero or (isinstance(seed, int) and not isinstance(seed, bool))
+
+
+def _is_one(count: object) -> bool:
+    return count is None or count == 1
+
+
+class Draw(msgspec.Struct, frozen=True):
+    """A call's place among those that share its answer."""
+
+    key: bytes
+    """Sharing key; b"" where the call may share with nobody."""
+    base: bytes = b""
+    """Key of the request without its lane; what `invalidate` goes by."""
+    agent: bytes = b""
+    index: int = -1
+    """Which sample of its agent this is; -1 where samples are not told apart."""
+
+
+NOT_SHARED = Draw(b"")
+
+
+class Sharing:
+    """The sampling policy: under which key, if any, a call may be answered by another call's answer.
+
+    Args:
+        sampling: "share": the same request, the same answer. "lanes": each agent has its own k-th sample of a
+            request, so agents do not become clones and a rerun replays the same diversity. "deterministic":
+            only requests that would get the same answer anyway.
+        remote_content: whether requests that link to remote content take part.
+    """
+
+    def __init__(self, sampling: Sampling = "deterministic", *, remote_content: bool = False) -> None:
+        self.sampling: Sampling = sampling
+        self.remote_content = remote_content
+        self._lanes = Lanes()
+
+    def draw(self, call: Call) -> Draw:
+        """The call's place; `NOT_SHARED` where the policy keeps it apart. Thread-safe.
+
+        Raises:
+            Uncacheable: the request has no key.
+        """
+        sampling = self.sampling
+        if sampling == "deterministic" and not is_deterministic(call):
+            return NOT_SHARED
+        base = key_of(call, remote_content=self.remote_content)
+        if sampling != "lanes" or is_deterministic(call):
+            return Draw(base, base)
+        return self._lanes.draw(base, call.context.agent, call.context.sample)
+
+    def give_back(self, draw: Draw) -> None:
+        """The draw got no answer: the agent's next draw of this request takes its place."""
+        if draw.index >= 0:
+            self._lanes.give_back(draw)
+
+
+class Lanes:
+    """Which sample of a request each agent draws next; never depends on the order between agents.
+
+    Counts live as long as the engine (one run), for at most 500,000 pairs of agent and request; beyond that the
+    oldest pair is forgotten and would start again from sample 0.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next: dict[bytes, int] = {}
+        self._returned: dict[bytes, list[int]] = {}
+
+    def draw(self, base: bytes, agent: str | None, sample: int | None) -> Draw:
+        """The agent's next sample of a request, or the one it names."""
+        lane = "" if agent is None else "a" + agent
+        if sample is not None:
+            return Draw(_in_lane(base, f"{sample} {lane}"), base)
+        owner = _in_lane(base, "owner " + lane)
+        with self._lock:
+            returned = self._returned.get(owner)
+            if returned:
+                index = heapq.heappop(returned)
+                if not returned:
+                    del self._returned[owner]
+            else:
+                index = self._next.get(owner, 0)
+                self._next[owner] = index + 1
+                if len(self._next) > _MAX_LANES:
+                    oldest = next(iter(self._next))
+                    del self._next[oldest]
+                    self._returned.pop(oldest, None)
+        return Draw(_in_lane(base, f"{index} {lane}"), base, owner, index)
+
+    def give_back(self, draw: Draw) -> None:
+        """The draw was not used."""
+        with self._lock:
+            heapq.heappush(self._returned.setdefault(draw.agent, []), draw.index)
+
+    def forget(self) -> None:
+        """Begin a new run: every agent draws from sample 0 again."""
+        with self._lock:
+            self._next.clear()
+            self._returned.clear()
+
+
+def explain_difference(first: Call, second: Call) -> str | None:
+    """The first field in which two calls differ for the cache, such as "messages[1].content"; None if they share.
+
+    Raises:
+        Uncacheable: one of them has no key.
+    """
+    if key_of(first) == key_of(second):
+        return None
+    bodies: list[Any] = []
+    for call in (first, second):
+        wire, reduced = (call.payload, call) if call.op == "function" else _wire_body(call.payload, call)
+        names = ("schema", "op", "target", "model", "namespace", "tenant", "variant")
+        bodies.append(dict(zip(names, _head(reduced, call.context.tenant), strict=True)) | {"body": dict(wire)})
+    return _first_difference(*bodies).removeprefix("body.")
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    """The path to the first difference; "" where the values differ as a whole."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = cast("dict[str, Any]", one), cast("dict[str, Any]", other)
+        for name in dict.fromkeys((*pairs[0], *pairs[1])):
+            if name not in pairs[0] or name not in pairs[1] or not _same(name, pairs[0][name], pairs[1][name]):
+                inner = _first_difference(pairs[0].get(name), pairs[1].get(name))
+                return f"{name}{'' if not inner or inner.startswith('[') else '.'}{inner}"
+        return "(order of keys)"
+    if isinstance(one, list) and isinstance(other, list):
+        lists = cast("list[object]", one), cast("list[object]", other)
+        for index, pair in enumerate(zip(*lists, strict=False)):
+            if not _same("", *pair):
+                inner = _first_difference(*pair)
+                return f"[{index}]{'' if not inner or inner.startswith('[') else '.'}{inner}"
+        return f"[{min(map(len, lists))}]"
+    return ""
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    return tagged_form((), {name: one}) == tagged_form((), {name: other})
