@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmmw.pool.engine import RawResponse
+    from llmmw.pool.home import Generation, Home
 
 MAX_RATIO = 200
 """A body that grows more than this is a bomb: JSON text compresses 3 to 30 times."""
@@ -68,15 +69,16 @@ class Body:
     """The body of one response: an async iterator over its bytes as they arrive, or `read()` for all of it.
 
     Raises ResponseTooLarge, AmbiguousOutcome (the connection broke), UpstreamTimeout (nothing came for too long).
-    However it ends, the connection goes back (or is closed) and `on_end` is called once.
+    However it ends, the connection goes back (or is closed), and the slot once.
     """
 
-    __slots__ = ("_gap_s", "_inflater", "_left", "_loop", "_lost", "_on_end", "_raw", "_was_cut")
+    __slots__ = ("_gap_s", "_generation", "_home", "_inflater", "_left", "_lost", "_raw", "_was_cut")
 
     def __init__(
         self,
         raw: RawResponse,
-        on_end: Callable[[], object],
+        home: Home,
+        generation: Generation,
         lost: Callable[[BaseException], BaseException],
         *,
         max_bytes: int,
@@ -84,13 +86,13 @@ class Body:
         inflater: Inflater | None = None,
     ) -> None:
         self._raw = raw
-        self._on_end: Callable[[], object] | None = on_end
+        self._home: Home | None = home
+        self._generation = generation
         self._lost = lost
         self._gap_s = gap_s
         self._inflater = inflater
         self._left = max_bytes
         self._was_cut = False
-        self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> Body:
         return self
@@ -121,7 +123,7 @@ class Body:
 
     async def aclose(self) -> None:
         """Stop reading. Idempotent."""
-        if self._on_end is not None:
+        if self._home is not None:
             self._was_cut = True
             try:
                 await self._raw.aclose()
@@ -129,15 +131,14 @@ class Body:
                 self._end()
 
     async def _next(self) -> bytes:
-        if self._on_end is None:
+        if self._home is None:
             return b""
+        raw = self._raw
         try:
-            while True:
-                piece = await self._fetch()
+            while not raw.ended:
+                piece = await (raw.next() if self._gap_s is None else self._next_in_time(self._gap_s))
                 if not piece:
-                    await self._raw.aclose()
-                    self._end()
-                    return b""
+                    break
                 piece = self._admit(piece)
                 if piece:
                     return piece
@@ -147,6 +148,8 @@ class Body:
             if mapped is error:
                 raise
             raise mapped from error
+        self._end()
+        return b""
 
     def _admit(self, piece: bytes) -> bytes:
         if self._inflater is not None:
@@ -156,27 +159,26 @@ class Body:
             raise ResponseTooLarge("the body is larger than max_response_bytes")
         return piece
 
-    async def _fetch(self) -> bytes:
-        if self._gap_s is None:
-            return await self._raw.next()
+    async def _next_in_time(self, gap_s: float) -> bytes:
         try:
-            async with asyncio.timeout(self._gap_s):
+            async with asyncio.timeout(gap_s):
                 return await self._raw.next()
         except TimeoutError:
-            raise UpstreamTimeout(f"the body stood still for {self._gap_s:g} s") from None
+            raise UpstreamTimeout(f"the body stood still for {gap_s:g} s") from None
 
     def _end(self) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
+        home, self._home = self._home, None
+        if home is not None:
+            home.finish(self._generation)
 
     def __del__(self) -> None:
         # A reader that simply went away: the slot must come back, or the pool would lose it for ever.
-        if self._on_end is not None and not self._loop.is_closed():
+        home = self._home
+        if home is not None and not home.dead and not home.loop.is_closed():
             warnings.warn("a response body was neither read to its end nor closed", ResourceWarning, stacklevel=2)
-            self._loop.call_soon_threadsafe(_let_go, self._raw, self._on_end)
+            home.loop.call_soon_threadsafe(_let_go, self._raw, home, self._generation)
 
 
-def _let_go(raw: RawResponse, on_end: Callable[[], object]) -> None:
+def _let_go(raw: RawResponse, home: Home, generation: Generation) -> None:
     raw.abandon()
-    on_end()
+    home.finish(generation)

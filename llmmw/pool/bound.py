@@ -20,19 +20,21 @@ from llmmw.errors import (
 )
 from llmmw.events import ConnectionOpened, ConnectionReused
 from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
-from llmmw.pool.engine import EngineOptions, Exchange, Lost
+from llmmw.pool.engine import MAX_HEADER_BYTES, EngineOptions, Exchange, Lost
 from llmmw.pool.guard import check_headers, check_url, origin_of
 from llmmw.pool.home import Home
 from llmmw.settings import seconds
-from llmmw.wire import HOP_BY_HOP
+from llmmw.wire import HOP_BY_HOP, HTTPRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmmw.env import Env
     from llmmw.pool.engine import RawResponse
     from llmmw.pool.guard import Guard
     from llmmw.pool.home import Generation
     from llmmw.pool.pool import ConnectionPool
-    from llmmw.wire import Headers, HTTPRequest
+    from llmmw.wire import Headers
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 _REMEMBERED = 256
@@ -110,7 +112,8 @@ class BoundPool:
         origin = self._origins.get(request.url) or self._judge(request.url)
         request = self._clean(request)
         home = self._here()
-        await home.enter()
+        if not home.try_enter():
+            await home.enter()
         try:
             limit = self._connect_s if connect_s is None else connect_s
             generation, raw, exchange = await self._send(home, request, origin, limit, duplicate_ok=duplicate_ok)
@@ -151,7 +154,7 @@ class BoundPool:
             # We decode, under caps; a coding that we cannot decode must not be asked for.
             known = (request.headers, (*kept, ("accept-encoding", ACCEPT_ENCODING)))
             self._outgoing[id(request.headers)] = known
-        return msgspec.structs.replace(request, headers=known[1])
+        return HTTPRequest(request.method, request.url, known[1], request.body)
 
     def _here(self) -> Home:
         home = self._home
@@ -170,7 +173,9 @@ class BoundPool:
         while True:
             generation, exchange = home.start(), Exchange(connect_s)
             try:
-                return generation, await self._await_head(generation, request, exchange), exchange
+                if self._first_byte_s is None:
+                    return generation, await generation.engine.send(request, exchange), exchange
+                return generation, await self._send_in_time(generation, request, exchange, self._first_byte_s), exchange
             except BaseException as error:
                 home.stop(generation)
                 if not isinstance(error, Lost):
@@ -185,15 +190,15 @@ class BoundPool:
             finally:
                 self._tell(exchange, origin)
 
-    async def _await_head(self, generation: Generation, request: HTTPRequest, exchange: Exchange) -> RawResponse:
-        if self._first_byte_s is None:
-            return await generation.engine.send(request, exchange)
+    async def _send_in_time(
+        self, generation: Generation, request: HTTPRequest, exchange: Exchange, limit_s: float
+    ) -> RawResponse:
         try:
-            async with asyncio.timeout(self._first_byte_s):
+            async with asyncio.timeout(limit_s):
                 return await generation.engine.send(request, exchange)
         except TimeoutError:
             sent = exchange.opened is not None
-            raise UpstreamTimeout(f"no response within {self._first_byte_s:g} s", sent=sent) from None
+            raise UpstreamTimeout(f"no response within {limit_s:g} s", sent=sent) from None
 
     def _tell(self, exchange: Exchange, origin: str) -> None:
         if exchange.opened is not None:
@@ -206,30 +211,17 @@ class BoundPool:
         return AmbiguousOutcome(f"{why}; the server may have done the work")
 
     def _respond(self, home: Home, generation: Generation, raw: RawResponse, exchange: Exchange) -> Response:
-        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in raw.headers]
-        coding = ""
-        for name, value in headers:
-            if name == "content-encoding":
-                coding = f"{coding},{value}" if coding else value
-        coding = coding.strip().lower()
-        inflater = None
-        if coding and coding != "identity":
-            if "," in coding:
-                raise ResponseTooLarge("the body is compressed more than once")
-            if coding not in {"gzip", "x-gzip", "deflate"}:
-                raise ProtocolError(f"the body is encoded as {coding[:40]!r}, which was not asked for")
-            inflater = Inflater(coding, self.settings.max_response_bytes)
-        hidden = HOP_BY_HOP | {"content-encoding", "content-length"} if inflater else HOP_BY_HOP
+        headers, coding = _readable(raw.headers)
         body = Body(
             raw,
-            lambda: home.finish(generation),
+            home,
+            generation,
             self._lost,
             max_bytes=self.settings.max_response_bytes,
             gap_s=self._gap_s,
-            inflater=inflater,
+            inflater=None if coding is None else Inflater(coding, self.settings.max_response_bytes),
         )
-        kept = tuple(pair for pair in headers if pair[0] not in hidden)
-        return Response(raw.status, kept, body, exchange.opened is False)
+        return Response(raw.status, headers, body, exchange.opened is False)
 
     def rehome(self) -> None:
         """Drop every socket without waiting: the loop is dead, or this is a forked child."""
@@ -272,3 +264,39 @@ class BoundPool:
 
 def _optional(value: float | str | None) -> float | None:
     return None if value is None else seconds("timeout", value)  # checked when the settings were made
+
+
+_names: dict[bytes, str] = {}
+"""Header names as seen before, in lower case: servers send the same few, and decoding each costs 0.1 µs."""
+
+
+def _name(raw: bytes) -> str:
+    if len(_names) >= _REMEMBERED:
+        _names.clear()
+    name = _names[raw] = raw.decode("latin-1").lower()
+    return name
+
+
+def _readable(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, str | None]:
+    """The response's headers as text, without those of the connection; and the coding of the body, if it has one."""
+    size = 0
+    headers: list[tuple[str, str]] = []
+    coding: str | None = None
+    for raw_name, raw_value in raw:
+        size += len(raw_name) + len(raw_value)
+        name = _names.get(raw_name) or _name(raw_name)
+        value = raw_value.decode("latin-1")
+        if name == "content-encoding":
+            coding = value.strip().lower() if coding is None else f"{coding},{value}"
+        if name not in HOP_BY_HOP:
+            headers.append((name, value))
+    if size > MAX_HEADER_BYTES:
+        raise ResponseTooLarge(f"the response's headers are larger than {MAX_HEADER_BYTES} bytes")
+    if coding is None or coding in {"", "identity"}:
+        return tuple(headers), None
+    if "," in coding:
+        raise ResponseTooLarge("the body is compressed more than once")
+    if coding not in {"gzip", "x-gzip", "deflate"}:
+        raise ProtocolError(f"the body is encoded as {coding[:40]!r}, which was not asked for")
+    # The body is handed over decoded, so what describes its encoded form goes.
+    return tuple(pair for pair in headers if pair[0] not in {"content-encoding", "content-length"}), coding

@@ -67,12 +67,21 @@ class RawResponse(Protocol):
         """Names and values as sent."""
         ...
 
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body has been taken (False where only another `next` would show it)."""
+        ...
+
     async def next(self) -> bytes:
-        """The next piece of the undecoded body, as it arrived; b"" at the end. Raises Lost."""
+        """The next piece of the undecoded body, as it arrived; b"" at the end, and then the connection is given back.
+
+        Raises:
+            Lost: the connection broke.
+        """
         ...
 
     async def aclose(self) -> None:
-        """Give the connection back (body read) or close it (body unread). Idempotent."""
+        """Close the connection, unless the body was read to its end. Idempotent."""
         ...
 
     def abandon(self) -> None:

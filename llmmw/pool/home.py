@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from llmmw.errors import Closed
@@ -46,19 +47,37 @@ class Home:
         self._max_age_s = max_age_s
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        self._slots = asyncio.Semaphore(max_connections)
+        self._free = max_connections
+        self._queue: deque[asyncio.Future[None]] = deque()
         self._current: Generation | None = None
         self._generations: set[Generation] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Future[None] | None = None
         self.active = 0
         """Requests inside, those waiting for a slot included."""
-        self.waiting = 0
         self.dead = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(not turn.done() for turn in tuple(self._queue))
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that everything here belongs to."""
+        return self._loop
 
     def is_here(self) -> bool:
         """Whether the running loop is this one, in this process."""
         return self._loop is asyncio.get_running_loop() and self._pid == os.getpid()
+
+    def try_enter(self) -> bool:
+        """Take a slot if one is free and nobody waits for it."""
+        if self._free <= 0:
+            return False
+        self._free -= 1
+        self.active += 1
+        return True
 
     async def enter(self) -> None:
         """Take a slot, in order of arrival.
@@ -66,25 +85,30 @@ class Home:
         Raises:
             Closed: the pool was closed while waiting.
         """
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._queue.append(turn)
         self.active += 1
-        if not self._slots.locked():
-            await self._slots.acquire()  # does not wait
-            return
-        self.waiting += 1
         try:
-            await self._slots.acquire()
-        except BaseException:
-            self._left()
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # the slot came together with the cancellation
+            else:
+                self._left()
             raise
-        finally:
-            self.waiting -= 1
         if self.dead:
             self.leave()
             raise Closed("the connection pool was closed before a connection became free")
 
     def leave(self) -> None:
-        """Give the slot back."""
-        self._slots.release()
+        """Give the slot back, to whoever waits longest."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        else:
+            self._free += 1
         self._left()
 
     def _left(self) -> None:
