@@ -80,11 +80,11 @@ def feedback(headers: Iterable[tuple[str, str]], wall: float) -> Feedback:
         if place is None:
             continue
         measure, field = place
-        value = _reset(text, now) if field == "reset" else _count(text)
-        if value is None:
+        reading = _reset(text, now) if field == "reset" else _count(text)
+        if reading is None:
             ignored += 1
         else:
-            readings.setdefault(measure, {})[field] = value
+            readings.setdefault(measure, {})[field] = reading
     return Feedback(tuple(_reading(measure, fields) for measure, fields in readings.items()), ignored)
 
 

@@ -1,0 +1,60 @@
+"""How many calls may be under way at once: additive increase, multiplicative decrease (the rule of TCP Reno).
+
+Only overload moves the limit down. Latency does not: it follows the length of the outputs (SPEC limit-13).
+"""
+
+from __future__ import annotations
+
+_CUT = 0.7
+"""Cut to this share: deeper than TCP CUBIC's because a 429 is an explicit refusal, milder than a half because many
+429s come from a per-minute quota, where fewer calls at once change nothing."""
+
+
+class Aimd:
+    """A concurrency limit between `floor` and `ceiling`."""
+
+    __slots__ = ("_clean", "_cut_at", "_limit", "_ramping", "ceiling", "floor")
+
+    def __init__(self, floor: int, start: int, ceiling: int) -> None:
+        self.floor = floor
+        self.ceiling = ceiling
+        self._limit = float(start)
+        self._clean = 0
+        self._cut_at = float("-inf")
+        self._ramping = start < ceiling
+
+    @property
+    def limit(self) -> int:
+        """Calls that may be under way."""
+        return int(self._limit)
+
+    def succeeded(self, *, saturated: bool) -> None:
+        """A call ended well. Only one that ran while every slot was taken says that more would have gone well too.
+
+        Until the first overload each such call adds one (a doubling per round trip), later one full window of them.
+        """
+        if not saturated or self._limit >= self.ceiling:
+            return
+        self._clean += 1
+        if self._ramping or self._clean >= self._limit:
+            self._clean = 0
+            self._limit = min(self._limit + 1, float(self.ceiling))
+
+    def overloaded(self, started: float, now: float) -> bool:
+        """A call that started then was refused or timed out; whether that cut the limit.
+
+        Calls that were already under way at the last cut report the same overload again and cut nothing.
+        """
+        if started < self._cut_at:
+            return False
+        self._cut_at = now
+        self._clean = 0
+        self._ramping = False
+        self._limit = max(float(self.floor), int(self._limit * _CUT))
+        return True
+
+    def bounds(self, floor: int, start: int, ceiling: int) -> None:
+        """New bounds while running; the limit moves only where they force it, or starts again from a new `start`."""
+        fresh = (floor, ceiling) != (self.floor, self.ceiling)
+        self.floor, self.ceiling = floor, ceiling
+        self._limit = float(start) if fresh else max(float(floor), min(self._limit, float(ceiling)))

@@ -1,0 +1,104 @@
+"""How many tokens a call will cost, before anybody knows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
+
+from llmmw.answer import items, mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CHARS_PER_TOKEN = 4
+"""English prose under the usual BPE vocabularies; other scripts are counted in UTF-8 bytes, which comes close."""
+_PER_MESSAGE = 4
+"""Role and separators of a chat template."""
+_PER_IMAGE = 1000
+_MAX_DEPTH = 6
+_UNTOLD_OUTPUT = 512
+"""Expected output before anything was learned and where the call sets no maximum."""
+_OUTPUT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def prompt_tokens(payload: Mapping[str, Any]) -> int:
+    """Tokens of the prompt: about a quarter of its characters, plus a few per message, 1000 per image.
+
+    Reads messages (of one or several conversations), prompt, input, system and tools; of a payload with none of
+    them (a function's arguments) every text.
+    """
+    found = 0
+    known = False
+    for name in ("messages", "prompt", "input", "system", "tools"):
+        value = payload.get(name)
+        if value is not None:
+            known = True
+            found += _measure(value, 0)
+    return found if known else _measure(payload, 0)
+
+
+def output_cap(payload: Mapping[str, Any]) -> int | None:
+    """The most output tokens one choice may have, where the call says so."""
+    for name in _OUTPUT_FIELDS:
+        value = payload.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def choices(payload: Mapping[str, Any]) -> int:
+    """How many answers the call asks for: conversations or prompts, times `n`."""
+    n = payload.get("n")
+    each = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
+    for name in ("messages", "prompt"):
+        listed = items(payload.get(name))
+        if listed and isinstance(listed[0], list if name == "messages" else (str, list)):
+            return each * len(listed)
+    return each
+
+
+class LearnedOutput:
+    """The 90th percentile of the last 64 output lengths."""
+
+    __slots__ = ("_recent", "_sorted")
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def learn(self, tokens: int) -> None:
+        """An answer had this many tokens."""
+        if len(self._recent) == 64:  # noqa: PLR2004 — see the class
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(tokens)
+        insort(self._sorted, tokens)
+
+    def expect(self, cap: int | None) -> int:
+        """Output tokens to reserve for one answer, at most `cap`."""
+        if not self._sorted:
+            return _UNTOLD_OUTPUT if cap is None else cap
+        expected = self._sorted[len(self._sorted) * 9 // 10]
+        return expected if cap is None else min(cap, expected)
+
+
+def _measure(value: object, depth: int) -> int:
+    if isinstance(value, str):
+        size = len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+        return -(-size // _CHARS_PER_TOKEN)
+    if depth > _MAX_DEPTH:
+        return 0
+    if isinstance(value, list | tuple):
+        listed = cast("list[object]", value)
+        if listed and isinstance(listed[0], int):
+            return len(listed)  # token ids
+        return sum(_measure(entry, depth + 1) for entry in listed)
+    return _measure_fields(mapping(value), depth + 1)
+
+
+def _measure_fields(fields: dict[str, Any], depth: int) -> int:
+    if "content" in fields:
+        return _PER_MESSAGE + _measure(fields["content"], depth) + _measure(fields.get("tool_calls"), depth)
+    if fields.get("type") in {"image_url", "image", "input_image"}:
+        return _PER_IMAGE
+    return sum(_measure(entry, depth) for entry in fields.values())

@@ -1,0 +1,252 @@
+"""What one bucket may spend: requests, tokens and slots, taken together and given back exactly once.
+
+`gate.py` decides who gets it.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from llmmw.algo.aimd import Aimd
+from llmmw.algo.bucket import Cell, Ledger
+from llmmw.algo.estimate import LearnedOutput
+from llmmw.algo.pace import Pace
+from llmmw.layers.units import Units
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmmw.algo.headers import Reading
+    from llmmw.answer import Usage
+    from llmmw.env import Env
+
+_MAX_JITTER_S = 5.0
+_JITTER = 0.1
+"""Re-admission is spread over a tenth of the pause, so that processes behind one key do not come back together."""
+_RAISE_EVERY_S = 1.0
+_RAISE_SHARE = 0.02
+_MEASURES = {"requests": "requests", "total": "tokens", "input": "input_tokens", "output": "output_tokens"}
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Checked settings of one bucket."""
+
+    rpm: int | None
+    tokens: tuple[tuple[str, int], ...]
+    """("total" | "input" | "output", tokens per window)."""
+    slots: tuple[int, int, int] | None
+    """Floor, start and ceiling of the calls under way."""
+    ramp: bool
+    window: float
+    burst: int | None
+    age_bound: float
+    weights: Mapping[str, float]
+    cached_free: bool
+
+
+class Permit:
+    """The right to make one call; given back exactly once."""
+
+    __slots__ = ("amounts", "cells", "choices", "epoch", "request", "started")
+
+    def __init__(self, amounts: tuple[int, ...], started: float, epoch: int) -> None:
+        self.amounts = amounts
+        """Tokens reserved, one figure per token limit."""
+        self.started = started
+        self.epoch = epoch
+        """The home loop under which it was granted; -1 once it was given back."""
+        self.request: Cell | None = None
+        self.cells: tuple[Cell, ...] = ()
+        self.choices = 1
+
+
+class Allowance:
+    """The limits of one bucket and what was spent of them. Knows no queue and never waits."""
+
+    def __init__(self, limits: Limits, env: Env) -> None:
+        self.limits = limits
+        self.requests = Ledger(limits.rpm, limits.window) if limits.rpm is not None else None
+        self.tokens = tuple((name, Ledger(units, limits.window)) for name, units in limits.tokens)
+        self.aimd = Aimd(*limits.slots) if limits.slots is not None else None
+        self.pace = Pace(ramp=limits.ramp)
+        self.learned = LearnedOutput()
+        self.in_use = 0
+        self.pauses = 0
+        self._clock = env.clock.monotonic
+        self._rng = env.rng
+        self._epoch = 0
+        self._heard = -inf
+        self._raised = -inf
+        self.units = Units(self.requests, limits.burst, self._clock) if self.requests is not None else None
+
+    def ledgers(self) -> tuple[tuple[str, Ledger], ...]:
+        """Every sliding window with its name."""
+        return self.tokens if self.requests is None else (("requests", self.requests), *self.tokens)
+
+    def idle(self, now: float) -> bool:
+        """Whether forgetting this bucket would let nothing through that it holds back."""
+        empty = not any(ledger.used(now) for _, ledger in self.ledgers())
+        return empty and not self.in_use and self.pace.until <= now and self.pace.learnt is None
+
+    # -- taking -------------------------------------------------------------------------------------------------
+
+    def opens_at(self, now: float) -> float:
+        """When one more request fits (its tokens and unit apart); infinity while no slot is free."""
+        if self.aimd is not None and self.in_use >= self.aimd.limit:
+            return inf
+        opens = self.pace.opens_at(now)
+        if self.requests is not None and not self.requests.fits(1, now):
+            opens = max(opens, self.requests.when(1, now))
+        return opens
+
+    def tokens_fit(self, amounts: tuple[int, ...], now: float) -> bool:
+        """Whether these reservations fit now."""
+        return not amounts or all(
+            ledger.fits(amount, now) for (_, ledger), amount in zip(self.tokens, amounts, strict=True)
+        )
+
+    def tokens_at(self, amounts: tuple[int, ...], now: float) -> float:
+        """When these reservations would fit if nothing else were spent."""
+        times = (ledger.when(amount, now) for (_, ledger), amount in zip(self.tokens, amounts, strict=True))
+        return max(times, default=now)
+
+    def take_unit(self) -> bool:
+        """The last thing a permit needs: a unit of the request rate."""
+        return self.units is None or self.units.take()
+
+    def unit_at(self, now: float) -> float:
+        """When the next unit of the request rate will be there."""
+        return now if self.units is None else self.units.predict(1, now)
+
+    def grant(self, amounts: tuple[int, ...], now: float) -> Permit:
+        """Take everything but the unit, which has been taken."""
+        permit = Permit(amounts, now, self._epoch)
+        self.in_use += 1
+        if self.requests is not None:
+            permit.request = self.requests.spend(1, now)
+        if amounts:
+            pairs = zip(self.tokens, amounts, strict=True)
+            permit.cells = tuple(ledger.spend(amount, now) for (_, ledger), amount in pairs)
+        self.pace.granted(now)
+        return permit
+
+    def predict(self, amounts: tuple[int, ...], ahead: int, now: float) -> float:
+        """A time before which a call with that many ahead of it surely gets no permit (slots apart)."""
+        soonest = max(now, self.pace.until)
+        if self.units is not None and self.requests is not None:
+            first = self.requests.when(min(ahead + 1, self.requests.limit), now)
+            soonest = max(soonest, first, self.units.predict(ahead + 1, now))
+        return max(soonest, self.tokens_at(amounts, now))
+
+    # -- giving back --------------------------------------------------------------------------------------------
+
+    def finish(self, permit: Permit, usage: Usage, *, well: bool) -> bool:
+        """The call is over and was sent: the slot is free, tokens are settled where the server reported them.
+
+        Like all three ways of giving back, False if the permit had been given back before.
+        """
+        if permit.epoch < 0:
+            return False
+        if usage.reported and permit.amounts:
+            now = self._clock()
+            actual = {"total": usage.total_tokens, "input": usage.input_tokens, "output": usage.output_tokens}
+            for (name, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
+                free = usage.cached_tokens if self.limits.cached_free and name != "output" else 0
+                ledger.settle(cell, amount, max(0, actual[name] - free), now)
+            if well:
+                self.learned.learn(usage.output_tokens // permit.choices)
+        if well and self.aimd is not None:
+            self.aimd.succeeded(saturated=self.in_use >= self.aimd.limit)
+        self._release(permit)
+        return True
+
+    def give_back(self, permit: Permit) -> bool:
+        """The call was never sent: everything comes back, the unit of the request rate as a credit."""
+        if permit.epoch < 0:
+            return False
+        self._refund_tokens(permit)
+        if permit.request is not None and self.requests is not None and self.units is not None:
+            self.requests.settle(permit.request, 1, 0, self._clock())
+            self.units.unused()
+        self.pace.unsent()
+        self._release(permit)
+        return True
+
+    def refused(self, permit: Permit, wait_s: float | None) -> bool:
+        """The server refused the call for its rate: tokens come back, the gate closes for everybody."""
+        if permit.epoch < 0:
+            return False
+        now = self._clock()
+        self._refund_tokens(permit)
+        self.pauses += self.pace.refused(permit.started, now, wait_s)
+        if wait_s is not None:
+            self.pace.hold(now + wait_s + self._rng.uniform(0, min(_MAX_JITTER_S, _JITTER * wait_s)))
+        self.overloaded(permit)
+        self._release(permit)
+        return True
+
+    def overloaded(self, permit: Permit) -> None:
+        """The server was too busy for this call: fewer at once from now on."""
+        if self.aimd is not None and self.limits.slots is not None and self.limits.slots[0] < self.limits.slots[2]:
+            self.aimd.overloaded(permit.started, self._clock())
+
+    def _refund_tokens(self, permit: Permit) -> None:
+        now = self._clock()
+        for (_, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
+            ledger.settle(cell, amount, 0, now)
+
+    def _release(self, permit: Permit) -> None:
+        if permit.epoch == self._epoch:
+            self.in_use -= 1
+        permit.epoch = -1
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def hear(self, readings: tuple[Reading, ...], started: float) -> None:
+        """The server's own figures, in the answer to a call granted at `started`; older views are not applied."""
+        if started < self._heard:
+            return
+        self._heard = started
+        now = self._clock()
+        configured = dict(self.limits.tokens) | {"requests": self.limits.rpm or 0}
+        may_raise = now - self._raised >= _RAISE_EVERY_S
+        for name, ledger in self.ledgers():
+            for reading in readings:
+                if reading.measure == _MEASURES[name] and reading.limit:
+                    self._relimit(name, ledger, min(reading.limit, configured[name]), may_raise=may_raise)
+                    if reading.remaining is not None:
+                        ledger.observe(max(0, reading.limit - reading.remaining), started, now, reading.reset_s)
+
+    def _relimit(self, name: str, ledger: Ledger, told: int, *, may_raise: bool) -> None:
+        """Lower at once, raise by 2 % a second: a raised limit may belong to another replica of the provider."""
+        target = told
+        if told > ledger.limit:
+            if not may_raise:
+                return
+            target = min(told, ledger.limit + max(1, int(ledger.limit * _RAISE_SHARE)))
+            self._raised = self._clock()
+        if target != ledger.limit:
+            ledger.limit = target
+            if name == "requests" and self.units is not None:
+                self.units.renew(self.limits.burst)
+
+    def resize(self, limits: Limits) -> None:
+        """New limits of the same kinds; records stay."""
+        self.limits = limits
+        if self.requests is not None and self.units is not None and limits.rpm is not None:
+            self.requests.limit = limits.rpm
+            self.units.renew(limits.burst)
+        for (_, ledger), (_, units) in zip(self.tokens, limits.tokens, strict=True):
+            ledger.limit = units
+        if self.aimd is not None and limits.slots is not None:
+            self.aimd.bounds(*limits.slots)
+
+    def rehome(self) -> None:
+        """The loop died: its calls are gone, records stay."""
+        self._epoch += 1
+        self.in_use = 0
+        if self.units is not None:
+            self.units.renew(self.limits.burst)

@@ -1,0 +1,209 @@
+"""One bucket of the rate limiter at work: its queue, and the single place where permits are granted.
+
+Nothing polls and nothing is held while waiting: `drain` runs on arrival, release, settlement and when the one timer
+says that what the head of the queue lacks will be there; then everything a permit needs is taken in one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING
+
+from llmmw.algo.queue import Entry, FairQueue
+from llmmw.errors import Closed, RateLimited
+from llmmw.layers.allowance import Allowance, Limits, Permit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmmw.algo.headers import Reading
+    from llmmw.answer import Usage
+    from llmmw.call import Call
+    from llmmw.env import Env
+
+_TIMER_S = 0.0005
+"""Timers are set at least this far ahead: one that rounds to just before its time must not spin."""
+
+
+class Waiting:
+    """A call in the queue."""
+
+    __slots__ = ("amounts", "call", "future")
+
+    def __init__(self, call: Call, amounts: tuple[int, ...], future: asyncio.Future[Permit]) -> None:
+        self.call = call
+        self.amounts = amounts
+        self.future = future
+
+
+class Gate:
+    """Permits of one bucket, in order. Runs on the home loop only."""
+
+    def __init__(self, limits: Limits, env: Env) -> None:
+        self.allowance = Allowance(limits, env)
+        self.queue: FairQueue[Waiting] = FairQueue(weights=limits.weights, age_bound=limits.age_bound)
+        self._clock = env.clock.monotonic
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- granting -----------------------------------------------------------------------------------------------
+
+    def admit(self, amounts: tuple[int, ...]) -> Permit | None:
+        """A permit if one is free and nobody waits; costs no task and no future."""
+        if self.queue:
+            return None
+        allowance, now = self.allowance, self._clock()
+        if allowance.opens_at(now) > now or not allowance.tokens_fit(amounts, now) or not allowance.take_unit():
+            return None
+        return allowance.grant(amounts, now)
+
+    def enqueue(self, waiting: Waiting, *, priority: int, flow: str) -> Entry[Waiting]:
+        """Join the queue; the permit comes through the future."""
+        entry = self.queue.push(waiting, priority=priority, flow=flow, now=self._clock())
+        self.drain()
+        return entry
+
+    def leave(self, entry: Entry[Waiting]) -> None:
+        """A waiter gave up; a permit that reached it meanwhile goes to the next."""
+        future = entry.item.future
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self.give_back(future.result())
+        elif self.queue.remove(entry):
+            self.drain()
+
+    def drain(self) -> None:
+        """Grant what can be granted now, and see to it that this runs again when more can be."""
+        allowance = self.allowance
+        while (head := self.queue.head(now := self._clock())) is not None:
+            if self._is_stale(head, now):
+                self.queue.remove(head)
+                continue
+            opens = allowance.opens_at(now)
+            if opens > now:
+                self._wake_at(opens, now)
+                return
+            chosen = self._fitting(head, now)
+            if chosen is None:
+                self._wake_at(allowance.tokens_at(head.item.amounts, now), now)
+                return
+            if not allowance.take_unit():
+                self._wake_at(allowance.unit_at(now), now)
+                return
+            self.queue.take(chosen)
+            chosen.item.future.set_result(allowance.grant(chosen.item.amounts, now))
+
+    def _is_stale(self, head: Entry[Waiting], now: float) -> bool:
+        """Whether this waiter was cancelled, or can no longer be in time."""
+        future, deadline = head.item.future, head.item.call.deadline
+        if not future.done() and deadline is not None and deadline <= now:
+            future.set_exception(RateLimited("the deadline passed while waiting for a permit"))
+        return future.done()
+
+    def _fitting(self, head: Entry[Waiting], now: float) -> Entry[Waiting] | None:
+        if self.allowance.tokens_fit(head.item.amounts, now):
+            return head
+        for entry in self.queue.passing(head, now):
+            if self.allowance.tokens_fit(entry.item.amounts, now) and not self._is_stale(entry, now):
+                return entry
+        return None
+
+    def _wake_at(self, at: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at != inf:
+            self._timer = asyncio.get_running_loop().call_later(max(at - now, _TIMER_S), self._woken)
+
+    def _woken(self) -> None:
+        self._timer = None
+        self.drain()
+
+    # -- giving back --------------------------------------------------------------------------------------------
+
+    def finish(self, permit: Permit, usage: Usage, *, well: bool) -> None:
+        """The call is over and was sent."""
+        if self.allowance.finish(permit, usage, well=well) and self.queue:
+            self.drain()
+
+    def give_back(self, permit: Permit) -> None:
+        """The call was never sent."""
+        if self.allowance.give_back(permit) and self.queue:
+            self.drain()
+
+    def refused(self, permit: Permit, wait_s: float | None) -> float:
+        """The server refused the call for its rate.
+
+        Returns:
+            Seconds of the pause that this began; 0 if the gate had been closed before.
+        """
+        allowance, now = self.allowance, self._clock()
+        pauses = allowance.pauses
+        if not allowance.refused(permit, wait_s):
+            return 0.0
+        until = allowance.pace.until
+        for entry in self.queue:  # waiters whose deadline lies within the pause need not wait to learn it
+            deadline, future = entry.item.call.deadline, entry.item.future
+            if deadline is not None and deadline <= until and not future.done():
+                self.queue.remove(entry)
+                future.set_exception(late(until, now))
+        if self.queue:
+            self.drain()
+        return max(0.0, until - now) if allowance.pauses > pauses else 0.0
+
+    def hear(self, readings: tuple[Reading, ...], started: float) -> None:
+        """What the server's headers said in the answer to a call granted at `started`."""
+        self.allowance.hear(readings, started)
+        if self.queue:
+            self.drain()
+
+    # -- waiters ------------------------------------------------------------------------------------------------
+
+    def predict(self, amounts: tuple[int, ...], priority: int, flow: str) -> float:
+        """A time before which a call that joins the queue now surely gets no permit (slots apart)."""
+        return self.allowance.predict(amounts, self.queue.ahead(priority, flow), self._clock())
+
+    def move(self, entry: Entry[Waiting]) -> None:
+        """The call of a waiter became more urgent, or may take longer."""
+        self.queue.move(entry, entry.item.call.priority)
+        self.drain()
+
+    def shed(self, target: str, model: str, make_error: Callable[[], Exception]) -> int:
+        """Fail the waiters for this target and model."""
+        doomed = [entry for entry in self.queue if (entry.item.call.target, entry.item.call.model) == (target, model)]
+        return self._fail(doomed, make_error)
+
+    def resize(self, limits: Limits) -> None:
+        """New limits of the same kinds, effective at once; records and waiters stay."""
+        self.allowance.resize(limits)
+        self.drain()
+
+    def rehome(self) -> None:
+        """The loop died: its waiters are gone."""
+        self.allowance.rehome()
+        self._timer = None
+        for entry in self.queue:
+            self.queue.remove(entry)
+
+    def close(self) -> None:
+        """Refuse everybody who still waits; drop the timer."""
+        self._fail(list(self.queue), lambda: Closed("the rate limiter was closed"))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fail(self, doomed: list[Entry[Waiting]], make_error: Callable[[], Exception]) -> int:
+        for entry in doomed:
+            self.queue.remove(entry)
+            if not entry.item.future.done():
+                entry.item.future.set_exception(make_error())
+        if self.queue:
+            self.drain()
+        return len(doomed)
+
+
+def late(retry_at: float, now: float) -> RateLimited:
+    """The refusal of a call that would get its permit after its deadline."""
+    wait = max(0.0, retry_at - now)
+    return RateLimited(
+        f"no permit before the deadline: the next may come in {wait:.3g} s", retry_at=retry_at, retry_after_s=wait
+    )

@@ -1,0 +1,482 @@
+"""The rate limiter: permits are exact, orderly and given back."""
+
+import asyncio
+
+import pytest
+
+from llmmw.answer import Usage
+from llmmw.call import Context, Reply, Urgency
+from llmmw.env import Env
+from llmmw.errors import Closed, ConfigError, ConnectionFailed, RateLimited, UpstreamTimeout
+from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
+from llmmw.layers.limit import RateLimiter
+from llmmw.order import Role
+from llmmw.testing.clock import manual_time
+from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
+
+
+class Recorder:
+    """An upstream that notes when it was asked; service takes `latency_s`."""
+
+    def __init__(self, clock, latency_s=0.0, answer=None):
+        self.clock = clock
+        self.latency_s = latency_s
+        self.answer = answer
+        self.times = []
+        self.prompts = []
+        self.busy = 0
+        self.peak = 0
+
+    async def __call__(self, call):
+        self.times.append(self.clock.monotonic())
+        self.prompts.append(call.payload["messages"][-1]["content"])
+        self.busy += 1
+        self.peak = max(self.peak, self.busy)
+        try:
+            await asyncio.sleep(self.latency_s)
+            return self.answer(call) if self.answer else answered(3, 2)
+        finally:
+            self.busy -= 1
+
+
+def answered(prompt, completion, **fields):
+    usage = Usage(prompt, completion, reported=True)
+    return Reply(data=chat_body("ok", prompt_tokens=prompt, completion_tokens=completion), usage=usage, **fields)
+
+
+def limiter(clock, inner, *args, events=None, **options):
+    sinks = () if events is None else (events.append,)
+    return RateLimiter(*args, **options).bind(inner, Env(clock=clock, seed=1, sinks=sinks))
+
+
+def most_in_any_window(times, window):
+    return max(sum(1 for other in times if at <= other < at + window - 1e-9) for at in times)
+
+
+def level(bound, name):
+    return bound.gauges()[name]
+
+
+@manual_time
+async def test_limit_01_ten_per_second_in_every_sliding_second(clock):
+    upstream = Recorder(clock)
+    bound = limiter(clock, upstream, rpm=10, window=1)
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call(str(n))) for n in range(100)))
+    assert len(upstream.times) == 100
+    assert most_in_any_window(upstream.times, 1.0) <= 10
+    assert upstream.prompts == [str(n) for n in range(100)]
+    assert clock.monotonic() - began < 9.9 * 1.02
+
+
+@pytest.mark.parametrize(("rpm", "burst"), [(60, 5), (6, 1), (600, 50), (12_000, 50)])
+@manual_time
+async def test_limit_02_idle_time_saves_up_one_burst(clock, rpm, burst):
+    upstream = Recorder(clock)
+    bound = limiter(clock, upstream, rpm=rpm)
+    await bound(chat_call())
+    await asyncio.sleep(600)
+    upstream.times.clear()
+    calls = [asyncio.ensure_future(bound(chat_call())) for _ in range(burst + 3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(upstream.times) == burst
+    await asyncio.gather(*calls)
+
+
+@manual_time
+async def test_sustained_rate_is_at_least_nine_tenths_of_the_limit(clock):
+    upstream = Recorder(clock)
+    bound = limiter(clock, upstream, rpm=60)
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(300)))
+    assert most_in_any_window(upstream.times, 60.0) <= 60
+    assert (clock.monotonic() - began) < 300 / 0.92
+
+
+@manual_time
+async def test_concurrency_is_never_exceeded_and_always_used(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    bound = limiter(clock, upstream, concurrency=4)
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(20)))
+    assert upstream.peak == 4
+    assert clock.monotonic() - began == pytest.approx(5.0)
+    assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_free_permits_need_no_future_and_tell_no_wait(clock):
+    events = []
+    bound = limiter(clock, Recorder(clock), rpm=600, tpm=100_000, concurrency=4, events=events)
+    await bound(chat_call())
+    assert not [event for event in events if isinstance(event, LimiterWaited)]
+    assert not asyncio.all_tasks() - {asyncio.current_task()}
+    blocked = limiter(clock, Recorder(clock, 1.0), concurrency=1, events=events)
+    await asyncio.gather(*(blocked(chat_call(context=Context(agent="a"))) for _ in range(2)))
+    assert [(e.wait_s, e.agent) for e in events if isinstance(e, LimiterWaited)] == [(pytest.approx(1.0), "a")]
+
+
+@manual_time
+async def test_smaller_priority_goes_first(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    bound = limiter(clock, upstream, concurrency=1)
+    order = [(5, "late"), (0, "a"), (0, "b"), (-1, "first")]
+    running = asyncio.ensure_future(bound(chat_call("running")))
+    await asyncio.sleep(0)
+    calls = [bound(chat_call(text, context=Context(priority=p))) for p, text in order]
+    await asyncio.gather(running, *calls)
+    assert upstream.prompts == ["running", "first", "a", "b", "late"]
+
+
+@manual_time
+async def test_limit_10_a_tenant_does_not_wait_behind_anothers_backlog(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    bound = limiter(clock, upstream, concurrency=1)
+    backlog = [asyncio.ensure_future(bound(chat_call("a", context=Context(tenant="A")))) for _ in range(1000)]
+    await asyncio.sleep(5.5)
+    before = len(upstream.prompts)
+    await bound(chat_call("b", context=Context(tenant="B")))
+    assert upstream.prompts[before:].index("b") < 2
+    for task in backlog:
+        task.cancel()
+    await asyncio.gather(*backlog, return_exceptions=True)
+    assert level(bound, "in_use") == 0
+    assert level(bound, "waiting") == 0
+
+
+@manual_time
+async def test_limit_03_large_call_behind_endless_small_ones(clock):
+    upstream = Recorder(clock, answer=lambda call: answered(call.payload["size"], 0))
+    bound = limiter(clock, upstream, tpm=100_000, age_bound=5)
+
+    def sized(tokens, name):
+        return chat_call(name + "x" * (4 * tokens - 40), size=tokens, max_tokens=1)
+
+    async def small():
+        while True:
+            await bound(sized(5_000, "s"))
+            await asyncio.sleep(0.5)
+
+    crowd = [asyncio.ensure_future(small()) for _ in range(20)]
+    await asyncio.sleep(30)
+    began = clock.monotonic()
+    await bound(sized(60_000, "L"))
+    assert clock.monotonic() - began <= 60 + 5 + 60  # who came before, age bound, one window
+    for task in crowd:
+        task.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+
+
+@manual_time
+async def test_limit_04_a_call_above_the_whole_limit_runs_alone_or_is_refused(clock):
+    upstream = Recorder(clock, answer=lambda call: answered(900, 100))
+    events = []
+    strict = limiter(clock, upstream, tpm=500, oversize="refuse", events=events)
+    with pytest.raises(RateLimited, match="more than the whole limit of 500"):
+        await strict(chat_call("x" * 4000))
+    assert RefusedEarly("limit", "oversize") in events
+    bound = limiter(clock, upstream, tpm=500)
+    await bound(chat_call("x" * 4000))
+    began = clock.monotonic()
+    await bound(chat_call("x" * 4000))
+    assert clock.monotonic() - began == pytest.approx(60, abs=0.01)
+
+
+@manual_time
+async def test_limit_05_cancelled_while_waiting_costs_nothing(clock):
+    upstream = Recorder(clock, latency_s=0.0)
+    bound = limiter(clock, upstream, rpm=2, tpm=10_000)
+    await bound(chat_call())
+    spent = level(bound, "total_in_window")
+    waiting = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert level(bound, "requests_in_window") == 1
+    assert level(bound, "total_in_window") == spent
+    assert level(bound, "waiting") == 0
+    await asyncio.sleep(29.99)
+    began = clock.monotonic()
+    await bound(chat_call())
+    assert clock.monotonic() - began < 0.1
+
+
+@manual_time
+async def test_limit_05_cancelled_after_sending_is_kept(clock):
+    bound = limiter(clock, Recorder(clock, latency_s=5.0), rpm=60, tpm=10_000, concurrency=1)
+    call = asyncio.ensure_future(bound(chat_call(max_tokens=100)))
+    await asyncio.sleep(1)
+    reserved = level(bound, "total_in_window")
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert reserved > 100
+    assert level(bound, "total_in_window") == reserved
+    assert level(bound, "requests_in_window") == 1
+    assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_limit_05_permit_that_arrives_with_the_cancellation_goes_to_the_next(clock):
+    def answer(call):
+        if call.payload["messages"][-1]["content"] == "a":
+            asyncio.get_running_loop().call_soon(second.cancel)  # runs between the grant and second's waking up
+        return answered(3, 2)
+
+    upstream = Recorder(clock, latency_s=1.0, answer=answer)
+    bound = limiter(clock, upstream, concurrency=1, tpm=10_000)
+    first, second, third = (asyncio.ensure_future(bound(chat_call(name))) for name in "abc")
+    await asyncio.gather(first, second, third, return_exceptions=True)
+    assert second.cancelled()
+    assert upstream.prompts == ["a", "c"]
+    assert level(bound, "in_use") == 0
+    assert level(bound, "total_in_window") == 10
+
+
+@pytest.mark.parametrize("error", [ConnectionFailed("pool"), RateLimited("inner")])
+@manual_time
+async def test_limit_05_not_sent_gives_everything_back(clock, error):
+    upstream = FakeUpstream([error])
+    bound = limiter(clock, upstream, rpm=1, tpm=1000, concurrency=1)
+    with pytest.raises(type(error)):
+        await bound(chat_call())
+    assert level(bound, "requests_in_window") == 0
+    assert level(bound, "total_in_window") == 0
+    began = clock.monotonic()
+    await bound(chat_call())
+    assert clock.monotonic() == began
+
+
+@manual_time
+async def test_limit_05_sent_and_failed_is_kept_refused_returns_tokens_only(clock):
+    events = []
+    bound = limiter(clock, FakeUpstream([error_reply(500), error_reply(429)]), rpm=60, tpm=1000, events=events)
+    await bound(chat_call(max_tokens=10))
+    kept = level(bound, "total_in_window")
+    assert kept >= 10
+    reply = await bound(chat_call(max_tokens=10))
+    assert reply.status == 429
+    assert level(bound, "total_in_window") == kept
+    assert level(bound, "requests_in_window") == 2
+    assert [type(event) for event in events if isinstance(event, LimiterPaused)] == [LimiterPaused]
+
+
+@manual_time
+async def test_limit_06_usage_above_the_estimate_is_a_debt_that_passes(clock):
+    upstream = Recorder(clock, answer=lambda call: answered(10, 5000))
+    bound = limiter(clock, upstream, tpm=1000)
+    await bound(chat_call(max_tokens=100))
+    assert level(bound, "total_in_window") == 5010
+    began = clock.monotonic()
+    await bound(chat_call(max_tokens=100))
+    assert clock.monotonic() - began == pytest.approx(60, abs=0.01)
+
+
+@manual_time
+async def test_limit_07_stream_without_usage_keeps_the_estimate(clock):
+    def stream(call):
+        chunks = [chunk for chunk in chat_chunks("a b c") if b"usage" not in chunk]
+        return Reply(chunks=ScriptedChunks(chunks))
+
+    bound = limiter(clock, FakeUpstream([stream, stream]), tpm=10_000, concurrency=1)
+    reply = await bound(chat_call(stream=True, max_tokens=50))
+    assert level(bound, "in_use") == 1
+    reserved = level(bound, "total_in_window")
+    assert [chunk async for chunk in reply.chunks]
+    assert level(bound, "in_use") == 0
+    assert level(bound, "total_in_window") == reserved >= 50
+    assert level(bound, "usage_estimated") == 1
+
+
+@manual_time
+async def test_stream_settles_and_frees_its_slot_at_the_end_of_the_body(clock):
+    bound = limiter(clock, FakeUpstream(), tpm=10_000, concurrency=1)
+    reply = await bound(chat_call("a b", stream=True))
+    assert level(bound, "in_use") == 1
+    async for _ in reply.chunks:
+        pass
+    await reply.chunks.aclose()
+    assert level(bound, "in_use") == 0
+    assert level(bound, "total_in_window") == 3 + 3
+    closed = await bound(chat_call("a b", stream=True))
+    await closed.chunks.aclose()
+    assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_limit_09_limits_change_while_running(clock):
+    upstream = Recorder(clock)
+    bound = limiter(clock, upstream, rpm=6)
+    calls = [asyncio.ensure_future(bound(chat_call())) for _ in range(61)]
+    await asyncio.sleep(25)
+    assert len(upstream.times) == 3
+    bound.reconfigure(rpm=600)
+    await asyncio.sleep(1)
+    assert len(upstream.times) > 40
+    bound.reconfigure(rpm=6)
+    before = len(upstream.times)
+    await asyncio.sleep(58)
+    assert len(upstream.times) == before
+    await asyncio.gather(*calls)
+    with pytest.raises(ConfigError, match="not added or removed"):
+        bound.reconfigure(tpm=5)
+    with pytest.raises(ConfigError, match="rpm"):
+        bound.reconfigure(rpm=-1)
+
+
+@manual_time
+async def test_limit_13_refusals_lower_the_concurrency_to_one_at_least_and_long_answers_do_not(clock):
+    replies = [error_reply(503) for _ in range(10)]
+    upstream = FakeUpstream(replies)
+    bound = limiter(clock, upstream, concurrency=8)
+    for _ in range(10):
+        await bound(chat_call())
+        await asyncio.sleep(1)
+    assert level(bound, "concurrency") == 1
+    slow = limiter(clock, Recorder(clock, latency_s=100), concurrency=8)
+    await asyncio.gather(*(slow(chat_call()) for _ in range(16)))
+    assert level(slow, "concurrency") == 8
+    fixed = limiter(clock, FakeUpstream([error_reply(503)]), concurrency=8, adaptive=False)
+    await fixed(chat_call())
+    assert level(fixed, "concurrency") == 8
+
+
+@manual_time
+async def test_limit_14_one_key_two_models_and_two_keys_one_model(clock):
+    for per, buckets in (("key+model", 4), ("key", 2), ("model", 2), ("endpoint", 1)):
+        bound = limiter(clock, Recorder(clock), rpm=10, per=per)
+        for namespace in ("k1", "k2"):
+            for model in ("m1", "m2"):
+                await asyncio.wait_for(bound(chat_call(model=model).replace(namespace=namespace)), 30)
+        assert level(bound, "buckets") == buckets
+
+
+@manual_time
+async def test_limit_15_cached_prompt_tokens_are_free_where_configured(clock):
+    def cached(call):
+        return Reply(data=b"{}", usage=Usage(900, 10, cached_tokens=800, reported=True))
+
+    for policy, expected in (("charged", 900), ("free", 100)):
+        bound = limiter(clock, FakeUpstream([cached]), input_tpm=10_000, output_tpm=10_000, cached_input=policy)
+        await bound(chat_call())
+        assert level(bound, "input_in_window") == expected
+        assert level(bound, "output_in_window") == 10
+
+
+@manual_time
+async def test_refusal_pauses_everybody_until_the_server_said(clock):
+    events = []
+    upstream = FakeUpstream([error_reply(429, retry_after="10")])
+    bound = limiter(clock, upstream, rpm=600, events=events)
+    began = clock.monotonic()
+    await bound(chat_call())
+    await asyncio.gather(*(bound(chat_call()) for _ in range(5)))
+    assert 10 <= clock.monotonic() - began <= 12
+    paused = [event for event in events if isinstance(event, LimiterPaused)]
+    assert len(paused) == 1
+    assert 10 <= paused[0].pause_s <= 11
+    assert level(bound, "pauses") == 1
+
+
+@manual_time
+async def test_deadline_that_cannot_be_kept_is_refused_at_once(clock):
+    events = []
+    bound = limiter(clock, Recorder(clock), rpm=1, events=events)
+    await bound(chat_call())
+    began = clock.monotonic()
+    hopeless = chat_call(context=Context(deadline=began + 30))
+    with pytest.raises(RateLimited) as refused:
+        await bound(hopeless)
+    assert clock.monotonic() == began
+    assert refused.value.retry_at == pytest.approx(began + 60, abs=0.5)
+    assert events[-1] == RefusedEarly("limit", "deadline")
+    await bound(chat_call(context=Context(deadline=began + 61)))
+    with pytest.raises(RateLimited):
+        await bound(chat_call().replace(rate_wait_s=5.0))
+
+
+@manual_time
+async def test_waiters_whose_deadline_lies_in_a_new_pause_are_refused(clock):
+    upstream = FakeUpstream([error_reply(429, retry_after="30")], latency_s=0.5)
+    bound = limiter(clock, upstream, concurrency=1)
+    first = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    waiter = asyncio.ensure_future(bound(chat_call(context=Context(deadline=clock.monotonic() + 10))))
+    patient = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0.6)
+    with pytest.raises(RateLimited):
+        await waiter
+    await asyncio.gather(first, patient)
+
+
+@manual_time
+async def test_coalesce_08_a_flight_moves_up_in_the_queue(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    bound = limiter(clock, upstream, concurrency=1)
+    urgency = Urgency(priority=9)
+    running = asyncio.ensure_future(bound(chat_call("running")))
+    await asyncio.sleep(0)
+    others = [asyncio.ensure_future(bound(chat_call(name, context=Context(priority=1)))) for name in "ab"]
+    flight = asyncio.ensure_future(bound(chat_call("flight").replace(urgency=urgency)))
+    await asyncio.sleep(0.1)
+    urgency.join(Context(priority=0))
+    await asyncio.gather(running, flight, *others)
+    assert upstream.prompts == ["running", "flight", "a", "b"]
+    assert urgency._listeners == []
+
+
+@manual_time
+async def test_shedding_fails_the_waiters_of_a_dead_model_only(clock):
+    bound = limiter(clock, Recorder(clock, latency_s=1.0), concurrency=1, per="endpoint")
+    running = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    doomed = [asyncio.ensure_future(bound(chat_call(model="dead"))) for _ in range(3)]
+    other = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0.1)
+    assert bound.shed(chat_call(model="dead"), lambda: ConnectionFailed("dead")) == 3
+    results = await asyncio.gather(*doomed, return_exceptions=True)
+    assert all(isinstance(result, ConnectionFailed) for result in results)
+    await asyncio.gather(running, other)
+    assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_closing_refuses_who_still_waits(clock):
+    bound = limiter(clock, Recorder(clock), rpm=1)
+    await bound(chat_call())
+    waiting = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(1)
+    await bound.aclose()
+    await bound.aclose()
+    with pytest.raises(Closed):
+        await waiting
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@manual_time
+async def test_timeouts_lower_the_concurrency(clock):
+    bound = limiter(clock, FakeUpstream([UpstreamTimeout("slow")]), concurrency="2-10-20")
+    with pytest.raises(UpstreamTimeout):
+        await bound(chat_call())
+    assert level(bound, "concurrency") == 7
+    assert level(bound, "in_use") == 0
+
+
+def test_bad_settings_name_the_option():
+    for options in (
+        {"rpm": 0}, {"tpm": -1}, {"rpm": 1.5}, {"concurrency": 0}, {"concurrency": "4-2-8"}, {"concurrency": "many"},
+        {"window": 0}, {"burst": 5}, {"rpm": 5, "burst": 6}, {"per": "user"}, {"oversize": "hang"}, {"age_bound": "x"},
+        {"weights": {"a": 0}}, {"reserve": "some"}, {"cached_input": "half"}, {"concurrency": "1-2-3", "adaptive": False},
+        {"rps": 5},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            RateLimiter(**options)
+
+
+def test_settings_compare_print_and_hash():
+    layer = RateLimiter(600, 200_000, 64, weights={"a": 2})
+    assert layer == RateLimiter(rpm=600, tpm=200_000, concurrency=64, weights={"a": 2})
+    assert hash(layer) == hash(RateLimiter(600, 200_000, 64))
+    assert "rpm=600" in repr(layer)
+    assert layer.role is Role.LIMIT
