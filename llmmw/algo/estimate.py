@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
-from llmmw.answer import items, mapping
+from llmmw.answer import items
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,7 @@ _CHARS_PER_TOKEN = 4
 _PER_MESSAGE = 4
 """Role and separators of a chat template."""
 _PER_IMAGE = 1000
+_IMAGES = frozenset({"image_url", "image", "input_image"})
 _MAX_DEPTH = 6
 _UNTOLD_OUTPUT = 512
 """Expected output before anything was learned and where the call sets no maximum."""
@@ -35,7 +36,7 @@ def prompt_tokens(payload: Mapping[str, Any]) -> int:
         if value is not None:
             known = True
             found += _measure(value, 0)
-    return found if known else _measure(payload, 0)
+    return found if known else _measure(dict(payload), 0)
 
 
 def output_cap(payload: Mapping[str, Any]) -> int | None:
@@ -85,20 +86,23 @@ class LearnedOutput:
 def _measure(value: object, depth: int) -> int:
     if isinstance(value, str):
         size = len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
-        return -(-size // _CHARS_PER_TOKEN)
+        return (size + _CHARS_PER_TOKEN - 1) // _CHARS_PER_TOKEN
+    total = 0
     if depth > _MAX_DEPTH:
-        return 0
+        return total
     if isinstance(value, list | tuple):
         listed = cast("list[object]", value)
         if listed and isinstance(listed[0], int):
             return len(listed)  # token ids
-        return sum(_measure(entry, depth + 1) for entry in listed)
-    return _measure_fields(mapping(value), depth + 1)
-
-
-def _measure_fields(fields: dict[str, Any], depth: int) -> int:
-    if "content" in fields:
-        return _PER_MESSAGE + _measure(fields["content"], depth) + _measure(fields.get("tool_calls"), depth)
-    if fields.get("type") in {"image_url", "image", "input_image"}:
-        return _PER_IMAGE
-    return sum(_measure(entry, depth) for entry in fields.values())
+        for entry in listed:
+            total += _measure(entry, depth + 1)
+    elif isinstance(value, dict):
+        fields = cast("dict[str, object]", value)
+        content = fields.get("content")
+        if content is not None or "role" in fields:
+            return _PER_MESSAGE + _measure(content, depth + 1) + _measure(fields.get("tool_calls"), depth + 1)
+        if fields.get("type") in _IMAGES:
+            return _PER_IMAGE
+        for entry in fields.values():
+            total += _measure(entry, depth + 1)
+    return total

@@ -56,10 +56,9 @@ class BoundLimiter(Bound):
             RateLimited: no permit can come before the call's deadline, or it needs more tokens than the limit.
         """
         gate = self._gate(call)
-        amounts = self._amounts(gate, call) if gate.allowance.tokens else ()
+        amounts, choices = self._needs(gate, call) if gate.allowance.tokens else ((), 1)
         permit = gate.admit(amounts) or await self._wait(gate, call, amounts)
-        if amounts:
-            permit.choices = estimate.choices(call.payload)
+        permit.choices = choices
         try:
             reply = await self.inner(call)
         except BaseException as error:
@@ -150,8 +149,8 @@ class BoundLimiter(Bound):
         now = self.env.clock.monotonic()
         self._gates = {key: gate for key, gate in self._gates.items() if gate.queue or not gate.allowance.idle(now)}
 
-    def _amounts(self, gate: Gate, call: Call) -> tuple[int, ...]:
-        """Tokens to reserve, one figure per token limit.
+    def _needs(self, gate: Gate, call: Call) -> tuple[tuple[int, ...], int]:
+        """Tokens to reserve, one figure per token limit, and how many answers the call asks for.
 
         Raises:
             RateLimited: more than a whole limit, with oversize="refuse".
@@ -160,7 +159,8 @@ class BoundLimiter(Bound):
         cap = estimate.output_cap(call.payload)
         reserve_cap = cap is not None and self._layer.reserve == "max"
         each = cap if cap is not None and reserve_cap else gate.allowance.learned.expect(cap)
-        output = each * estimate.choices(call.payload)
+        choices = estimate.choices(call.payload)
+        output = each * choices
         amounts = {"total": prompt + output, "input": prompt, "output": output}
         found = tuple(amounts[name] for name, _ in gate.allowance.tokens)
         if self._layer.oversize == "refuse":
@@ -168,7 +168,7 @@ class BoundLimiter(Bound):
                 if amount > ledger.limit:
                     self.env.emit(RefusedEarly("limit", "oversize"))
                     raise RateLimited(f"about {amount} {name} tokens: more than the whole limit of {ledger.limit}")
-        return found
+        return found, choices
 
     async def _wait(self, gate: Gate, call: Call, amounts: tuple[int, ...]) -> Permit:
         began = self.env.clock.monotonic()
