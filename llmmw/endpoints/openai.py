@@ -36,7 +36,6 @@ class HTTPEndpoint:
 
     Args:
         base_url: "http(s)://host[:port][/prefix]", such as "http://127.0.0.1:8000/v1"; a query is kept and never shown.
-            None: every call says itself where it goes, by an HTTPRequest in `native` (a transport under an SDK).
         api_key: sent in `key_header`, as a bearer token when that is "authorization".
         key_header: where the server looks for the key ("authorization", "x-api-key", "api-key").
         headers: sent with every call.
@@ -54,7 +53,7 @@ class HTTPEndpoint:
 
     def __init__(
         self,
-        base_url: str | None,
+        base_url: str,
         api_key: str | None = None,
         *,
         key_header: str = "authorization",
@@ -65,7 +64,7 @@ class HTTPEndpoint:
     ) -> None:
         self._allow_hosts = frozenset(host.lower() for host in allow_hosts)
         self._base_url = base_url
-        self._origin, self._name, host = ("", "", "") if base_url is None else _located(base_url, self._allow_hosts)
+        self._origin, self._name, host = _located(base_url, self._allow_hosts)
         self._secret = api_key or ""
         self._headers = _own_headers(api_key, key_header, headers or {})
         self._settings = pool or ConnectionPool()
@@ -76,8 +75,8 @@ class HTTPEndpoint:
 
     @property
     def name(self) -> str:
-        """scheme://host:port/prefix; "http" where every call says itself where it goes."""
-        return self._name or "http"
+        """scheme://host:port/prefix."""
+        return self._name
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -100,7 +99,7 @@ class HTTPEndpoint:
         Raises:
             UpstreamError: no answer could be obtained, or what came is none.
         """
-        return await counted(self._env, self._name or call.target, call, self._attempt)
+        return await counted(self._env, self._name, call, self._attempt)
 
     async def _attempt(self, call: Call) -> Reply:
         request = self._request_for(call)
@@ -108,28 +107,25 @@ class HTTPEndpoint:
             response = await self._open().request(request, duplicate_ok=self._duplicate_ok, connect_s=call.connect_s)
             if _is_stream(call, response):
                 watch = StreamWatch(call.op, max_line_bytes=self._settings.max_line_bytes)
-                chunks = AnswerStream(response.body, watch, self._name or call.target, self._secret)
+                chunks = AnswerStream(response.body, watch, self._name, self._secret)
                 return Reply(chunks=chunks, status=response.status, headers=response.headers)
             return await self._whole(call, response)
         except UpstreamError as error:
-            error.endpoint = error.endpoint or self._name or call.target
+            error.endpoint = error.endpoint or self._name
             raise
 
     def _open(self) -> BoundPool:
         pool = self._pool
         if pool is None:
             pool = self._pool = self._settings.open(self._env, allow_hosts=self._allow_hosts)
-            if self._base_url is not None:
-                pool.warm_up(HTTPRequest("GET", url_of(self._base_url, "/models"), self._headers))
+            pool.warm_up(HTTPRequest("GET", url_of(self._base_url, "/models"), self._headers))
         return pool
 
     def _request_for(self, call: Call) -> HTTPRequest:
         native = call.native
         # Elsewhere (a fallback asked in place of the caller's server) neither its URL nor its headers belong.
-        if isinstance(native, HTTPRequest) and (self._base_url is None or self._is_mine(native.url)):
+        if isinstance(native, HTTPRequest) and self._is_mine(native.url):
             return native
-        if self._base_url is None:
-            raise ConfigError("HTTPEndpoint(None) serves only calls that carry their HTTP request")
         url = self._urls.get(call.op)
         if url is None:
             url = url_of(self._base_url, call.op)

@@ -36,13 +36,15 @@ class EngineOptions(msgspec.Struct, frozen=True):
 class Exchange:
     """What the pool tells the engine about one request, and learns while it is under way."""
 
-    __slots__ = ("connect_s", "opened")
+    __slots__ = ("any_byte", "connect_s", "opened")
 
     def __init__(self, connect_s: float | None) -> None:
         self.connect_s = connect_s
         """Seconds for name resolution, TCP and TLS."""
         self.opened: bool | None = None
         """Whether a connection was opened for it (True) or reused (False); None while, or where, it is not known."""
+        self.any_byte = False
+        """For an engine's own use: something of the response has arrived."""
 
 
 class Lost(Exception):

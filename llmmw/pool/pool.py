@@ -74,6 +74,8 @@ class ConnectionPool:
                 positive_seconds(f"ConnectionPool({name}=)", value)
         if not isinstance(self.verify, bool | ssl.SSLContext):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
             raise ConfigError(f"ConnectionPool(verify={self.verify!r}): must be True, False or an ssl.SSLContext")
+        if not isinstance(self.verify, bool) and self.engine == "pyreqwest":
+            raise ConfigError('ConnectionPool(verify=): engine="pyreqwest" takes True or False, no ssl.SSLContext')
         if self.http2 and self.engine == "aiohttp":
             raise ConfigError('ConnectionPool(http2=True): engine="aiohttp" speaks HTTP/1.1 only; use engine="httpx2"')
 

@@ -1,0 +1,305 @@
+"""The httpx and httpx2 engines: their wire halves (httpcore, httpcore2), without the client's cost per call.
+
+httpcore's cost per call grows with the number of connections in a pool (encode/httpx#3215), so connections are
+spread over small pools, filled one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import urllib.request
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError, ResponseTooLarge
+from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
+from llmmw.pool.sockets import abandon
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterable, Sequence
+
+    from llmmw.pool.engine import EngineOptions, Exchange
+    from llmmw.pool.guard import Guard
+    from llmmw.wire import HTTPRequest
+
+_PER_POOL = 16
+_MAX_URLS = 256
+_exchange: ContextVar[Exchange | None] = ContextVar("llmmw_exchange", default=None)
+
+
+class _Stream:
+    """A connection's byte stream that tells the exchange under way what happens on it."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 — httpcore's signature
+        data: bytes = await self._inner.read(max_bytes, timeout)
+        exchange = _exchange.get()
+        if data and exchange is not None:
+            exchange.any_byte = True
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 — likewise
+        exchange = _exchange.get()
+        if exchange is not None and exchange.opened is None:
+            exchange.opened = False
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 — likewise
+    ) -> _Stream:
+        self._inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        return self
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+    def drop(self) -> None:
+        """Close the socket without the event loop."""
+        stream = getattr(self._inner, "_stream", None)
+        stream = getattr(stream, "transport_stream", stream)
+        abandon(getattr(stream, "_transport", None))
+
+
+class _Backend:
+    """Makes connections: resolves, has every address judged, and remembers the streams to be able to drop them."""
+
+    def __init__(self, inner: Any, guard: Guard) -> None:
+        self._inner = inner
+        self._guard = guard
+        self.streams: WeakSet[_Stream] = WeakSet()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 — httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> _Stream:
+        try:
+            async with asyncio.timeout(timeout):
+                stream = _Stream(await self._connect(host, port, local_address, socket_options))
+        except TimeoutError:
+            raise ConnectionFailed("no connection in time") from None
+        self.streams.add(stream)
+        exchange = _exchange.get()
+        if exchange is not None:
+            exchange.opened = True
+        return stream
+
+    async def _connect(
+        self, host: str, port: int, local_address: str | None, socket_options: Iterable[Any] | None
+    ) -> Any:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=1)
+        except OSError as error:
+            raise ConnectionFailed(f"no connection: the name {host!r} does not resolve ({error})") from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        for address in addresses:
+            self._guard.refuse_address(host, address)
+        for address in addresses[:-1]:
+            try:
+                return await self._inner.connect_tcp(address, port, None, local_address, socket_options)
+            except Exception as error:  # noqa: BLE001 — httpcore's ConnectError, of either package
+                del error
+        return await self._inner.connect_tcp(addresses[-1], port, None, local_address, socket_options)
+
+    async def connect_unix_socket(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)
+
+
+class _Shard:
+    """One httpcore pool and how many requests it carries."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.active = 0
+
+
+class HttpcoreEngine:
+    """Connections through httpcore or httpcore2.
+
+    Args:
+        name: "httpx" or "httpx2".
+        options: from the pool.
+    """
+
+    def __init__(self, name: str, options: EngineOptions) -> None:
+        self._core: Any = importlib.import_module("httpcore2" if name == "httpx2" else "httpcore")
+        if options.http2:
+            importlib.import_module("h2")
+        self._options = options
+        self._ssl = _ssl_context(self._core, options.verify)
+        self._backend = _Backend(self._core.AnyIOBackend(), options.guard)
+        self._shards: dict[str | None, list[_Shard]] = {}
+        self._urls: dict[str, tuple[Any, bytes, str | None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+
+    async def send(self, request: HTTPRequest, exchange: Exchange) -> _Response:
+        """Send one request."""
+        url, host, proxy = self._urls.get(request.url) or self._locate(request.url)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in request.headers]
+        if not any(name.lower() == b"host" for name, _ in headers):
+            headers.insert(0, (b"Host", host))
+        if request.body or request.method in {"POST", "PUT", "PATCH"}:
+            headers.append((b"Content-Length", b"%d" % len(request.body)))
+        native = self._core.Request(
+            request.method.encode(),
+            url,
+            headers=headers,
+            content=request.body,
+            extensions={"timeout": {"connect": exchange.connect_s}},
+        )
+        shard = self._shard(proxy)
+        shard.active += 1
+        token = _exchange.set(exchange)
+        try:
+            response = await shard.pool.handle_async_request(native)
+        except BaseException as error:
+            shard.active -= 1
+            found = self.mapped(error, exchange)
+            if found is error:
+                raise
+            raise found from error
+        finally:
+            _exchange.reset(token)
+        return _Response(self, shard, response)
+
+    def _locate(self, text: str) -> tuple[Any, bytes, str | None]:
+        parts = urlsplit(text)
+        if len(self._urls) >= _MAX_URLS:
+            self._urls.clear()
+        proxy = _proxy(parts.scheme, parts.hostname or "") if self._options.trust_env else None
+        found = self._urls[text] = (self._core.URL(text), parts.netloc.encode("ascii"), proxy)
+        return found
+
+    def _shard(self, proxy: str | None) -> _Shard:
+        shards = self._shards.setdefault(proxy, [])
+        for shard in shards:
+            if shard.active < _PER_POOL:
+                return shard
+        options = {
+            "ssl_context": self._ssl,
+            "max_connections": None,
+            "keepalive_expiry": self._options.keepalive_expiry,
+            "http2": self._options.http2,
+            "network_backend": self._backend,
+        }
+        core = self._core
+        pool = core.AsyncConnectionPool(**options) if proxy is None else core.AsyncHTTPProxy(proxy, **options)
+        shards.append(_Shard(pool))
+        return shards[-1]
+
+    def mapped(self, error: BaseException, exchange: Exchange | None) -> BaseException:
+        """Our error for httpcore's; without an exchange the head of the response has arrived."""
+        core = self._core
+        if isinstance(error, core.ConnectError | core.ConnectTimeout | core.ProxyError | core.UnsupportedProtocol):
+            return ConnectionFailed(f"no connection: {error}" if str(error) else "no connection in time")
+        any_byte = exchange is None or exchange.any_byte
+        if isinstance(error, core.NetworkError | core.TimeoutException):
+            return Lost(f"the connection broke ({type(error).__name__})", any_byte=any_byte)
+        if isinstance(error, core.LocalProtocolError):
+            return ConfigError("the request is not valid HTTP")
+        if isinstance(error, core.RemoteProtocolError):
+            if "too long" in str(error):
+                return ResponseTooLarge(f"the response's head is larger than {MAX_HEADER_BYTES} bytes")
+            broke = exchange is None or "disconnected" in str(error) or self._options.http2
+            why = str(error)[:200]
+            return Lost(why, any_byte=any_byte) if broke else ProtocolError(f"the response is not HTTP: {why}")
+        return error
+
+    def held(self) -> int | None:
+        """Connections that are not idle; httpcore forgets to free some when requests are cancelled."""
+        pools = [shard.pool for shards in self._shards.values() for shard in shards]
+        return sum(not (c.is_idle() or c.is_closed()) for pool in pools for c in pool.connections)
+
+    def drop(self) -> None:
+        """Close the sockets without the loop."""
+        orphaned = self._loop.is_closed() or self._pid != os.getpid()
+        for stream in list(self._backend.streams):
+            if orphaned:
+                stream.drop()
+            else:
+                self._loop.create_task(stream.aclose())
+        self._shards.clear()
+
+    async def aclose(self) -> None:
+        """Close every pool."""
+        shards = [shard for group in self._shards.values() for shard in group]
+        self._shards.clear()
+        for shard in shards:
+            await shard.pool.aclose()
+
+
+class _Response:
+    """httpcore's response."""
+
+    def __init__(self, engine: HttpcoreEngine, shard: _Shard, response: Any) -> None:
+        self._engine = engine
+        self._shard: _Shard | None = shard
+        self._response = response
+        self._pieces = response.aiter_stream()
+        self.status: int = response.status
+        self.headers: Sequence[tuple[bytes, bytes]] = response.headers
+        self.ended = False
+
+    async def next(self) -> bytes:
+        try:
+            async for piece in self._pieces:
+                if piece:
+                    return bytes(piece)
+        except Exception as error:
+            raise self._engine.mapped(error, None) from error
+        self.ended = True
+        await self.aclose()
+        return b""
+
+    async def aclose(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            shard.active -= 1
+            await self._pieces.aclose()
+            await self._response.aclose()
+
+    def abandon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self.aclose())
+        _abandoned.add(task)
+        task.add_done_callback(_abandoned.discard)
+
+
+_abandoned: set[asyncio.Task[None]] = set()
+
+
+def _ssl_context(core: Any, verify: bool | ssl.SSLContext) -> ssl.SSLContext:  # noqa: FBT001 — a setting's value
+    if not isinstance(verify, bool):
+        return verify
+    context: ssl.SSLContext = core.default_ssl_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = 0  # type: ignore[assignment]  # ssl.CERT_NONE, without importing ssl for its name
+    return context
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    if urllib.request.proxy_bypass(host):
+        return None
+    found = urllib.request.getproxies()
+    return found.get(scheme) or found.get("all")

@@ -1,0 +1,152 @@
+"""The pyreqwest engine: reqwest and hyper in Rust, the least CPU per call of all.
+
+What it gives up: it does not tell new connections from reused ones (so they are not counted, and a stale one shows
+as AmbiguousOutcome unless hyper repeats the request by itself, which it does where nothing had been sent), names
+are judged by the guard before the call but resolved again by Rust, and it does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pyreqwest.exceptions as failures
+from pyreqwest.client import Client, ClientBuilder
+
+from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError
+from llmmw.pool.engine import Lost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyreqwest.request import StreamRequest
+    from pyreqwest.response import Response
+
+    from llmmw.pool.engine import EngineOptions, Exchange
+    from llmmw.wire import HTTPRequest
+
+_first_pid: list[int] = []
+_JUDGED_FOR_S = 10.0
+
+
+class PyreqwestEngine:
+    """Connections through reqwest."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        if not _first_pid:
+            _first_pid.append(os.getpid())
+        if _first_pid[0] != os.getpid():
+            raise ConfigError('engine="pyreqwest" does not survive a fork (its threads do not); use engine="aiohttp"')
+        self._options = options
+        self._clients: dict[float | None, Client] = {}
+        self._judged: dict[str, float] = {}
+
+    async def send(self, request: HTTPRequest, exchange: Exchange) -> _Response:
+        """Send one request."""
+        await self._judge(request.url)
+        client = self._clients.get(exchange.connect_s) or self._build(exchange.connect_s)
+        try:
+            builder = client.request(request.method, request.url).headers(request.headers)
+            if request.body:
+                builder = builder.body_bytes(request.body)
+            sending = builder.build_streamed()
+            return _Response(sending, await sending.__aenter__())
+        except failures.PyreqwestError as error:
+            raise _mapped(error) from error
+
+    async def _judge(self, url: str) -> None:
+        host = urlsplit(url).hostname or ""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._judged.get(host, 0.0):
+            return
+        try:
+            found = await loop.getaddrinfo(host, None, type=1)
+        except OSError as error:
+            raise ConnectionFailed(f"no connection: the name {host!r} does not resolve ({error})") from error
+        for entry in found:
+            self._options.guard.refuse_address(host, str(entry[4][0]))
+        self._judged[host] = loop.time() + _JUDGED_FOR_S
+
+    def _build(self, connect_s: float | None) -> Client:
+        options = self._options
+        builder = (
+            ClientBuilder()
+            .follow_redirects(enable=False)
+            .default_cookie_store(enable=False)
+            .referer(enable=False)
+            .gzip(enable=False)
+            .deflate(enable=False)
+            .brotli(enable=False)
+            .zstd(enable=False)
+            .pool_idle_timeout(timedelta(seconds=options.keepalive_expiry))
+            .http2(options.http2)
+            .danger_accept_invalid_certs(not options.verify)
+        )
+        if not options.trust_env:
+            builder = builder.no_proxy()
+        if connect_s is not None:
+            builder = builder.connect_timeout(timedelta(seconds=connect_s))
+        client = self._clients[connect_s] = builder.build()
+        return client
+
+    def held(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def drop(self) -> None:
+        """Forget the clients; their sockets belong to Rust's own threads, not to the event loop."""
+        self._clients.clear()
+
+    async def aclose(self) -> None:
+        """Close the clients."""
+        clients = list(self._clients.values())
+        self._clients.clear()
+        for client in clients:
+            await client.close()
+
+
+class _Response:
+    """pyreqwest's streamed response."""
+
+    def __init__(self, sending: StreamRequest, response: Response) -> None:
+        self._sending: StreamRequest | None = sending
+        self._reader = response.body_reader
+        self.status: int = response.status
+        self.headers: Sequence[tuple[bytes, bytes]] = [
+            (name.encode("latin-1"), value.encode("latin-1")) for name, value in response.headers.items()
+        ]
+        self.ended = False
+
+    async def next(self) -> bytes:
+        try:
+            piece = await self._reader.read_chunk()
+        except failures.PyreqwestError as error:
+            raise Lost(f"the body broke off ({type(error).__name__})", any_byte=True) from error
+        if piece is not None:
+            return bytes(piece)
+        self.ended = True
+        await self.aclose()
+        return b""
+
+    async def aclose(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            await sending.__aexit__(None, None, None)
+
+    def abandon(self) -> None:
+        self._sending = None
+
+
+def _mapped(error: failures.PyreqwestError) -> Exception:
+    kind = type(error).__name__
+    if isinstance(error, failures.ConnectError | failures.ConnectTimeoutError | failures.PoolTimeoutError):
+        return ConnectionFailed(f"no connection ({kind})")
+    if isinstance(error, failures.BuilderError):
+        return ConfigError("the request is not valid HTTP")
+    text = str(error).lower()
+    if "parse" in text or "invalid http" in text:
+        return ProtocolError("the response is not HTTP")
+    return Lost(f"the connection broke ({kind})")
