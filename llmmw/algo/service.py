@@ -8,7 +8,7 @@ Kind = tuple[str, str]
 """Operation and model: what is worth comparing."""
 
 KEPT = 64
-"""Durations remembered per operation and model; the 10th percentile of 64 is steady enough to refuse by."""
+"""Durations remembered per operation and model; a tenth of 64 is steady enough to refuse by."""
 MIN_SAMPLES = 16
 """Fewer say too little: a refusal must not rest on one slow start."""
 MAX_AGE_S = 60.0
@@ -31,13 +31,18 @@ class ServiceTimes:
             found = self._by_kind[kind] = deque(maxlen=KEPT)
         found.append((now, took_s))
 
-    def p10(self, kind: Kind, now: float) -> float:
-        """What nine of ten answers took longer than, in seconds; 0.0 while too little is known."""
+    def lacks(self, kind: Kind, now: float, left_s: float) -> bool:
+        """Whether nine of ten recent answers of this kind took longer than `left_s`; no while too little is known."""
         found = self._by_kind.get(kind)
         if found is None:
-            return 0.0
+            return False
         while found and now - found[0][0] > MAX_AGE_S:
             found.popleft()
         if len(found) < MIN_SAMPLES:
-            return 0.0
-        return sorted(took for _, took in found)[len(found) // 10]
+            return False
+        quick_enough = 0
+        for _, took_s in found:  # ends after a few where there is time, which is nearly always
+            quick_enough += took_s <= left_s
+            if quick_enough * 10 > len(found):
+                return False
+        return True

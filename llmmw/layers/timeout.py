@@ -97,12 +97,10 @@ class BoundTimeout(Bound):
         if left_s <= 0:
             self.env.emit(RefusedEarly("timeout", "deadline passed"))
             raise DeadlineExceeded("the deadline passed before the attempt could be made")
-        usual_s = self._times.p10((call.op, call.model), now)
-        if left_s < usual_s:
+        if self._times.lacks((call.op, call.model), now, left_s):
             self.env.emit(RefusedEarly("timeout", "too little time left"))
             raise DeadlineExceeded(
-                f"{left_s:.3g} s are left until the deadline, and nine of ten answers of {call.model!r} take more than "
-                f"{usual_s:.3g} s"
+                f"{left_s:.3g} s are left until the deadline, and nine of ten answers of {call.model!r} took longer"
             )
 
 

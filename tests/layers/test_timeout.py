@@ -179,13 +179,13 @@ async def test_silence_between_chunks_is_limited_while_somebody_reads(clock):
 def test_service_times_need_samples_and_forget():
     times = ServiceTimes()
     kind = ("chat", "m")
-    assert times.p10(kind, 0) == 0
     for n in range(MIN_SAMPLES):
-        assert times.p10(kind, 0) == 0
+        assert not times.lacks(kind, 0, 0.5)
         times.add(kind, 0, 1 + n)
-    assert times.p10(kind, 0) == 2
-    assert times.p10(("embed", "m"), 0) == 0
-    assert times.p10(kind, MAX_AGE_S + 1) == 0
+    assert times.lacks(kind, 0, 1.9)
+    assert not times.lacks(kind, 0, 2)
+    assert not times.lacks(("embed", "m"), 0, 0.5)
+    assert not times.lacks(kind, MAX_AGE_S + 1, 0.5)
 
 
 def test_service_times_stay_bounded():
