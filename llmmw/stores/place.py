@@ -1,0 +1,104 @@
+"""Whether a directory may hold the cache: ours, private, local, and nothing in it a link or a device.
+
+Checked before anything is opened, because opening a FIFO blocks and following a link writes somewhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+DATABASE = "cache.db"
+_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal")
+_NETWORK = frozenset({
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.glusterfs",
+    "fuse.ceph", "fuse.s3fs", "gpfs", "beegfs",
+})  # fmt: skip
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_PRIVATE_DIRECTORY, _PRIVATE_FILE = 0o700, 0o600
+
+
+class Refused(Exception):
+    """The place must not be used; the message says why and what to do."""
+
+
+def prepare(directory: Path, *, network: bool = False) -> None:
+    """Make the directory and an empty database file where they are missing, and check them where they are not.
+
+    Raises:
+        Refused: not ours, a link, a special file, writable by others, or on a network file system.
+        OSError: it cannot be made (read-only, no space, no permission).
+    """
+    _make(directory)
+    _check_directory(directory)
+    if not network and (kind := network_file_system(directory)):
+        raise Refused(f"{directory} is on a network file system ({kind}), where locks fail; network_directory=True")
+    for name in _FILES:
+        _check_file(directory / name)
+    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    # SQLite gives -wal and -shm the mode of the database file, so this one decides for all.
+    os.close(os.open(directory / DATABASE, flags, _PRIVATE_FILE))
+
+
+def _make(directory: Path) -> None:
+    for ancestor in (*reversed(directory.parents), directory):
+        if not os.path.lexists(ancestor):
+            # Not makedirs: it gives intermediate directories whatever mode the umask allows.
+            ancestor.mkdir(mode=_PRIVATE_DIRECTORY, exist_ok=True)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or found.st_uid == os.getuid()
+
+
+def _check_directory(directory: Path) -> None:
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"{directory} is a link or no directory")
+    if not _is_ours(found):
+        raise Refused(f"{directory} belongs to another user")
+    if found.st_mode & _OTHERS_WRITE:
+        raise Refused(f"{directory} is writable by others; chmod 700 it")
+    for ancestor in directory.resolve().parents:
+        mode = ancestor.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise Refused(f"{ancestor} is writable by everybody, who could exchange {directory}")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise Refused(f"{path} is a link, a directory or a special file")
+    if found.st_nlink != 1 or not _is_ours(found):
+        raise Refused(f"{path} belongs to another user or has a second name")
+    if found.st_mode & 0o077:
+        path.chmod(_PRIVATE_FILE)
+
+
+def network_file_system(directory: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the network file system that a directory is on; "" for a local one or where it cannot be told."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    path, best, kind = directory.resolve(), Path(), ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        point = Path(fields[4].replace("\\040", " "))
+        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, after.split()[0]
+    return kind if kind in _NETWORK else ""
+
+
+def quarantine(directory: Path, wall: float) -> None:
+    """Put a broken database aside, for whoever wants to know why; the next opening makes a new one."""
+    suffix = f".corrupt-{int(wall)}"
+    for name in _FILES:
+        path = directory / name
+        if os.path.lexists(path):
+            path.rename(directory / f"{name}{suffix}")

@@ -1,0 +1,244 @@
+"""diskcache as a table of raw bytes: nothing in the database is executed, followed or trusted.
+
+The stock `Disk` unpickles rows and opens the file names that rows carry (CVE-2025-69872). Ours knows one kind of
+row: 32 bytes of key, one blob of value, inline. A digest over key and value stands before each value.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import diskcache  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+from llmmw.stores.entry import BadEntry, NewerEntry, decode_entry, encode_entry
+from llmmw.stores.place import DATABASE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from llmmw.stores.base import Codec, Match
+    from llmmw.stores.entry import Entry
+
+Busy = diskcache.Timeout
+"""Another process holds the write lock."""
+
+MAX_WAL_BYTES = 64 * 1024 * 1024
+_DIGEST_BYTES = 16
+_MODE_RAW = 1
+_SETTINGS: dict[str, Any] = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "least-recently-stored",
+    "cull_limit": 10,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 2**13,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,  # a file cut short under a mapping kills the process (SIGBUS)
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 2**15,
+    "disk_pickle_protocol": 0,
+}
+_OWN_SETTINGS = frozenset({*_SETTINGS, "size_limit", "count", "size", "hits", "misses"})
+_PLAIN_SCHEMA = re.compile(
+    r"CREATE (?:TABLE|(?:UNIQUE )?INDEX) \w+(?: ON Cache)? ?\([\w ,]+\)"
+    r"|CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
+    r' UPDATE Settings SET value = value [+\-.\w ]+ WHERE key = "\w+"; END'
+)
+"""What diskcache creates. Anything else in a schema (views, functions in triggers) is somebody else's work."""
+
+
+class Corrupt(Exception):
+    """The database is not what we wrote."""
+
+
+class BadRow(Exception):
+    """One row is not what we wrote."""
+
+
+class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """Rows of raw bytes, inline. Every other kind of row reads as b"", which no value of ours is."""
+
+    def put(self, key: object) -> Any:
+        """A key for the database: the blob, and that it is raw."""
+        if type(key) is not bytes:
+            raise TypeError("keys are bytes")
+        return sqlite3.Binary(key), True
+
+    def get(self, key: object, raw: object) -> bytes:
+        """A key from the database."""
+        return key if type(key) is bytes and raw == 1 else b""
+
+    def store(self, value: object, read: object, key: object = None) -> Any:
+        """A value for the database: size, mode, file name, blob."""
+        del read, key
+        if type(value) is not bytes:
+            raise TypeError("values are bytes")
+        return 0, _MODE_RAW, None, sqlite3.Binary(value)
+
+    def fetch(self, mode: object, filename: object, value: object, read: object) -> bytes:
+        """A value from the database."""
+        del read
+        return value if mode == _MODE_RAW and filename is None and type(value) is bytes else b""
+
+    def filename(self, key: object = None, value: object = None) -> NoReturn:
+        """No row of ours has a file."""
+        del key, value
+        raise TypeError("values are stored inline")
+
+    def remove(self, file_path: object) -> None:
+        """Whatever file a row names, it is none of ours."""
+
+
+class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
+    """diskcache without its minute of retries: a lock held elsewhere is reported at once."""
+
+    @property
+    def _sql_retry(self) -> Any:
+        return self._sql
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database and empty it, if no reader is in the way."""
+        self._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+class Rows:
+    """An open database; every method on one thread.
+
+    Args:
+        directory: a place that `prepare` has checked.
+        max_bytes: above this size of the database, each write removes up to ten of the oldest rows.
+        codec: transforms entries on their way.
+
+    Raises:
+        Corrupt: the database holds something that neither we nor diskcache put there.
+        sqlite3.Error: it cannot be opened; `DatabaseError` itself where it is no database.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int, codec: Codec | None = None) -> None:
+        self._directory = directory
+        self._codec = codec
+        _inspect(directory)
+        self._table: Any = _Table(str(directory), timeout=0, disk=BytesDisk, size_limit=max_bytes, **_SETTINGS)
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry of a key.
+
+        Raises:
+            BadRow: what stands there is not what we wrote.
+        """
+        raw: bytes | None = self._table.get(key)
+        return None if raw is None else self._read(key, raw)
+
+    def _read(self, key: bytes, raw: bytes) -> Entry | None:
+        payload = raw[_DIGEST_BYTES:]
+        if raw[:_DIGEST_BYTES] != _digest(key, payload):
+            raise BadRow("digest")
+        name, sealed = _split(payload)
+        if name != (self._codec.name if self._codec is not None else ""):
+            return None
+        try:
+            return decode_entry(self._codec.open(sealed) if self._codec is not None else sealed)
+        except NewerEntry:
+            return None
+        except BadEntry as error:
+            raise BadRow(str(error)) from None
+        except Exception as error:
+            # A codec is the user's and may raise anything (a rotated key): then the row is unreadable.
+            raise BadRow(type(error).__name__) from error
+
+    def set(self, key: bytes, entry: Entry, keep_s: float) -> bool:
+        """Write an entry; False where the write-ahead log is too long and cannot be emptied now.
+
+        Raises:
+            Busy: another process is writing.
+        """
+        if self._wal_bytes() > MAX_WAL_BYTES:
+            self._table.checkpoint()
+            if self._wal_bytes() > MAX_WAL_BYTES:
+                return False
+        data, name = encode_entry(entry), b""
+        if self._codec is not None:
+            data, name = self._codec.seal(data), self._codec.name.encode()
+        payload = bytes([len(name)]) + name + data
+        self._table.set(key, _digest(key, payload) + payload, expire=keep_s)
+        return True
+
+    def delete(self, key: bytes) -> None:
+        """Remove a row.
+
+        Raises:
+            Busy: another process is writing.
+        """
+        self._table.delete(key)
+
+    def discard(self, match: Match) -> None:
+        """Remove all rows whose entries match.
+
+        Raises:
+            Busy: another process is writing; some may be gone already.
+        """
+        for key in self.keys():
+            try:
+                entry = self.get(key)
+            except BadRow:
+                continue
+            if entry is not None and match.fits(entry):
+                self._table.delete(key)
+
+    def keys(self) -> Iterator[bytes]:
+        """Every key of ours."""
+        return (key for key in self._table if key)
+
+    def close(self) -> None:
+        """Close the database, on the thread that opened it."""
+        self._table.close()
+
+    def _wal_bytes(self) -> int:
+        try:
+            return (self._directory / f"{DATABASE}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+
+def _digest(key: bytes, payload: bytes) -> bytes:
+    return sha256(key + payload).digest()[:_DIGEST_BYTES]
+
+
+def _split(payload: bytes) -> tuple[str, bytes]:
+    """The codec's name and the sealed entry."""
+    if not payload:
+        raise BadRow("empty")
+    end = 1 + payload[0]
+    return payload[1:end].decode("utf-8", "replace"), payload[end:]
+
+
+def _inspect(directory: Path) -> None:
+    """Look at a database before diskcache does, which believes every word of its Settings table and its schema."""
+    connection = sqlite3.connect(directory / DATABASE, timeout=0, isolation_level=None)
+    try:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        if not schema:
+            # Set here, where a lock is an error at once; diskcache would try for a minute.
+            connection.execute("PRAGMA auto_vacuum = 1")
+        connection.execute("PRAGMA journal_mode = wal").fetchall()
+        for kind, name, sql in schema:
+            if sql is not None and not (isinstance(sql, str) and _PLAIN_SCHEMA.fullmatch(sql)):
+                raise Corrupt(f"unknown {kind} {name!r} in the schema")
+        if any(name == "Settings" for _, name, _ in schema):
+            _inspect_settings(connection)
+    finally:
+        connection.close()
+
+
+def _inspect_settings(connection: sqlite3.Connection) -> None:
+    rows = connection.execute("SELECT key, value FROM Settings LIMIT 100").fetchall()
+    for name, value in rows:
+        if name not in _OWN_SETTINGS or not (
+            type(value) is int or (type(value) is str and value.replace("-", "").isalpha())
+        ):
+            raise Corrupt("unknown settings")
