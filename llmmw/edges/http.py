@@ -17,28 +17,16 @@ Failures (SPEC 7, transport edge), chosen by reading the retry loops of openai 2
 
 from __future__ import annotations
 
-import math
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
 from llmmw.call import Call, current_context
+from llmmw.edges.outcome import Answer, answer_of, failure_of
 from llmmw.endpoints.anywhere import Patient, TimedRequest
 from llmmw.env import disabled
-from llmmw.errors import (
-    AllEndpointsFailed,
-    ConnectionFailed,
-    LLMMWError,
-    ProtocolError,
-    RateLimited,
-    Refused,
-    ResponseTooLarge,
-    StaleConnection,
-    StatusError,
-    UpstreamTimeout,
-)
 from llmmw.events import Warned
 from llmmw.identity import Namespaces
 from llmmw.keys import VARIANT_HEADERS
@@ -50,35 +38,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llmmw.call import Reply
+    from llmmw.edges.outcome import Failure
     from llmmw.endpoints.base import Endpoint
     from llmmw.engine import Engine
     from llmmw.env import Env
+    from llmmw.errors import LLMMWError
     from llmmw.stack import Stack
 
-RawHeaders = list[tuple[bytes, bytes]]
-Failure = Literal["ReadTimeout", "ConnectTimeout", "ConnectError", "ReadError", "RemoteProtocolError"]
-"""Exception classes that httpx and httpx2 both have."""
 
-_CREDENTIALS = frozenset({
+CREDENTIALS = frozenset({
     "authorization", "x-api-key", "api-key", "x-goog-api-key", "openai-organization", "openai-project",
 })  # fmt: skip
 """Headers that say who asks; the last two choose an account within a credential."""
 _NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "accept-encoding"}
 """The pool writes its own."""
-_NOT_RETURNED = HOP_BY_HOP | {"content-length", "content-encoding"}
-"""The body has been decoded."""
-_OF_ONE_CONNECTION = frozenset({"set-cookie", "date", "age"})
-"""Not repeated with an answer that this request did not cause."""
 _DECODER = msgspec.json.Decoder(dict[str, Any])
 _MAX_PLACES = 1024
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """A response in parts: what an HTTP library needs to build its own."""
-
-    status: int
-    headers: RawHeaders
-    body: bytes = b""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -155,7 +130,7 @@ class HTTPEdge:
             if name in _NOT_FORWARDED:
                 continue
             kept.append((name, value))
-            if name in _CREDENTIALS:
+            if name in CREDENTIALS:
                 credential = f"{credential}\n{name}: {value}"
             elif name in VARIANT_HEADERS:
                 variant = tuple(sorted((*variant, (name, value))))
@@ -214,30 +189,11 @@ class HTTPEdge:
 
     def answer(self, reply: Reply) -> Answer:
         """The response to a reply; of a stream without its body."""
-        source = reply.source
-        own = source not in {"cache", "coalesced"}
-        headers: RawHeaders = []
-        typed = False
-        for name, value in reply.headers:
-            if name in _NOT_RETURNED or not (own or name not in _OF_ONE_CONNECTION):
-                continue
-            typed = typed or name == "content-type"
-            headers.append((name.encode("latin-1"), value.encode("latin-1")))
-        if not typed and reply.status == 200:  # noqa: PLR2004 — an answer out of a store, whose form is known
-            headers.append((b"content-type", b"application/json" if reply.chunks is None else b"text/event-stream"))
-        headers.append((b"x-llmmw-source", source.encode()))
-        headers.append((b"x-llmmw-attempts", _count_attempts(reply)))
-        if not reply.ok and self._retries:
-            headers = [pair for pair in headers if pair[0] != b"x-should-retry"]
-            headers.append((b"x-should-retry", b"false"))
-        body = reply.data or b""
-        if reply.chunks is None:
-            headers.append((b"content-length", b"%d" % len(body)))
-        return Answer(reply.status, headers, body)
+        return answer_of(reply, final=self._retries)
 
     def failure(self, error: LLMMWError, url: str, body: bytes) -> Answer | Failure:
         """What to make of an error: a response, or the name of the library's exception."""
-        found = _failure_of(error)
+        found = failure_of(error)
         if isinstance(found, Answer):
             return found
         if self._retries:
@@ -245,58 +201,8 @@ class HTTPEdge:
         return found
 
 
-def _count_attempts(reply: Reply) -> bytes:
-    # A refusal's own attempt is among its attempts, where a Retry layer made the list.
-    return b"0" if reply.source == "cache" else b"%d" % max(1, len(reply.attempts) + reply.ok)
-
-
 def _payload(body: bytes) -> dict[str, Any] | None:
     try:
         return _DECODER.decode(body)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError, RecursionError):
         return None
-
-
-def _failure_of(error: BaseException) -> Answer | Failure:
-    if isinstance(error, AllEndpointsFailed):
-        found = _failure_of(error.exceptions[-1])
-        return _refusal(found.status, error) if isinstance(found, Answer) else found
-    if isinstance(error, StatusError):
-        return _refusal(error.status, error, error.retry_after_s, error.code)
-    if isinstance(error, Refused):
-        return _refusal(429 if isinstance(error, RateLimited) else 503, error, error.retry_after_s)
-    kind = stream_failure(error)
-    if isinstance(error, ProtocolError | ResponseTooLarge) or kind is None:
-        return _refusal(502, error)
-    return kind
-
-
-def stream_failure(error: BaseException) -> Failure | None:
-    """The library's exception for an error of the way to the server; None where it has none."""
-    if isinstance(error, UpstreamTimeout):
-        return "ReadTimeout" if error.sent else "ConnectTimeout"
-    if isinstance(error, ConnectionFailed):
-        return "ConnectError"
-    if isinstance(error, StaleConnection | ProtocolError):
-        return "RemoteProtocolError"
-    return "ReadError" if isinstance(error, LLMMWError) and not isinstance(error, Refused) else None
-
-
-_SNAKE = str.maketrans({letter: f"_{letter.lower()}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
-
-
-def _refusal(status: int, error: BaseException, retry_after_s: float | None = None, code: str | None = None) -> Answer:
-    """A response in llmmw's own name; its body has the shape of OpenAI's and of Anthropic's errors at once."""
-    kind = type(error).__name__.translate(_SNAKE).removeprefix("_")
-    message = error.message if isinstance(error, LLMMWError) else str(error)
-    told = {"message": f"llmmw: {message}", "type": kind, "param": None, "code": code or kind}
-    body = msgspec.json.encode({"type": "error", "error": told})
-    headers: RawHeaders = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"x-should-retry", b"false"),
-        (b"x-llmmw-attempts", b"%d" % len(getattr(error, "attempts", ()))),
-    ]
-    if retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % math.ceil(retry_after_s)))
-    return Answer(status, headers, body)

@@ -9,22 +9,22 @@ import httpx
 from llmmw.edges import transport as edge
 
 
-class _AsyncBody(edge.AsyncBody, httpx.AsyncByteStream):
-    pass
+class AsyncBody(edge.AsyncBody, httpx.AsyncByteStream):
+    """A streamed answer as httpx reads it."""
 
 
-class _SyncBody(edge.SyncBody, httpx.SyncByteStream):
-    pass
+class SyncBody(edge.SyncBody, httpx.SyncByteStream):
+    """The same, read by plain code."""
 
 
 class _AsyncTransport(edge.AsyncTransport, httpx.AsyncBaseTransport):
     lib: ClassVar[Any] = httpx
-    body: ClassVar[Any] = _AsyncBody
+    body: ClassVar[Any] = AsyncBody
 
 
 class _SyncTransport(edge.SyncTransport, httpx.BaseTransport):
     lib: ClassVar[Any] = httpx
-    body: ClassVar[Any] = _SyncBody
+    body: ClassVar[Any] = SyncBody
 
 
 class AsyncClient(edge.StackClient, httpx.AsyncClient):

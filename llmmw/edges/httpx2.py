@@ -13,22 +13,22 @@ except ImportError as error:
     raise MissingExtra("httpx2 is not installed: pip install 'llmmw[httpx2]'") from error
 
 
-class _AsyncBody(edge.AsyncBody, httpx2.AsyncByteStream):
-    pass
+class AsyncBody(edge.AsyncBody, httpx2.AsyncByteStream):
+    """A streamed answer as httpx2 reads it."""
 
 
-class _SyncBody(edge.SyncBody, httpx2.SyncByteStream):
-    pass
+class SyncBody(edge.SyncBody, httpx2.SyncByteStream):
+    """The same, read by plain code."""
 
 
 class _AsyncTransport(edge.AsyncTransport, httpx2.AsyncBaseTransport):
     lib: ClassVar[Any] = httpx2
-    body: ClassVar[Any] = _AsyncBody
+    body: ClassVar[Any] = AsyncBody
 
 
 class _SyncTransport(edge.SyncTransport, httpx2.BaseTransport):
     lib: ClassVar[Any] = httpx2
-    body: ClassVar[Any] = _SyncBody
+    body: ClassVar[Any] = SyncBody
 
 
 class AsyncClient(edge.StackClient, httpx2.AsyncClient):

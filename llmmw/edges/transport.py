@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import msgspec
 
-from llmmw.edges.http import Answer, HTTPEdge, Repeated, stream_failure
+from llmmw.edges.http import HTTPEdge, Repeated
+from llmmw.edges.outcome import Answer, stream_failure
 from llmmw.endpoints.anywhere import Anywhere
 from llmmw.errors import ConfigError, LLMMWError, StatusError
 from llmmw.stack import Stack
