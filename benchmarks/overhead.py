@@ -1,0 +1,254 @@
+"""What llmmw costs, with the floors beside it, measured in one run: `python benchmarks/overhead.py --help`.
+
+Three sections. "in process": hits and misses of wrapped functions, clients and SDKs. "HTTP client": CPU of the client's
+process per call, beside bare clients, against a server of its own with a fixed latency. "import": fresh interpreters.
+Figures are medians over interleaved repeats; rows with a budget are marked ok or over (`--check` makes that the exit
+status). Ratios against httpx are at its default limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from client_cpu import CLIENTS, ClientProcess
+from fast_server import running
+from hit_cost import CASES, cost_of
+from import_cost import BARE, IMPORTS, import_cost
+from measure import Budget, Progress, Row, as_json, interleaved, table, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SECTIONS = ("memory", "http", "import")
+IN_PROCESS = "in process, CPU per call"
+_IMPORT_BUDGETS = dict.fromkeys(("import llmmw", "from llmmw import Client"), (0.15, 35.0))
+_BUDGETED_CLIENTS = ("llmmw Client", "llmmw Client + cache, all misses")
+_AIOHTTP, _HTTPX, _FLOOR = "aiohttp", "httpx", "bare asyncio protocol"
+_LONE = 1
+"""At this concurrency there is no queue, hence no budget: mostly the loop's own wake-ups are measured."""
+
+
+def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
+    """Hits and misses inside one process."""
+    rows = {
+        case.name: Row(
+            IN_PROCESS,
+            case.name,
+            "µs",
+            floor="" if case.less_floor else case.floor,
+            budget=None if case.budget_us is None else Budget(case.budget_us, f"≤ {case.budget_us:g} µs"),
+        )
+        for case in CASES
+    }
+    walls: dict[str, list[float]] = {case.name: [] for case in CASES}
+    seen = -1
+    for repeat, case in interleaved(CASES, repeats):
+        row = rows[case.name]
+        if row.skipped:
+            continue
+        if repeat != seen:
+            seen = repeat
+            progress(f"in process: repeat {repeat + 1} of {repeats}")
+        try:
+            cpu, clocked = asyncio.run(cost_of(case, calls))
+        except Exception as error:
+            row.skipped = _why(error)
+            row.values.clear()
+            continue
+        row.values.append(cpu)
+        walls[case.name] += clocked
+    for case in CASES:
+        row = rows[case.name]
+        if row.measured:
+            row.p50 = statistics.median(walls[case.name])
+        bare = rows.get(case.floor)
+        if case.less_floor and row.measured and bare is not None and bare.measured:
+            row.values = [value - floor for value, floor in zip(row.values, bare.values, strict=False)]
+            row.p50 = (row.p50 or 0.0) - (bare.p50 or 0.0)
+    return list(rows.values())
+
+
+def measure_http(
+    repeats: int, levels: Sequence[int], calls_per_level: int, delay_s: float, progress: Progress
+) -> list[Row]:
+    """CPU of each client's process per call, at each number of concurrent calls."""
+    rows = {
+        (level, name): Row(_section(level), name, "ms", floor="" if name == _FLOOR else _AIOHTTP)
+        for level in levels
+        for name in CLIENTS
+    }
+    walls: dict[tuple[int, str], list[float]] = {key: [] for key in rows}
+    with running(delay_s) as url:
+        clients = [ClientProcess(name, url) for name in CLIENTS]
+        try:
+            seen = (-1, -1)
+            for repeat in range(repeats):
+                for level in levels:
+                    for _, client in interleaved(clients[:: 1 if repeat % 2 == 0 else -1], 1):
+                        row = rows[level, client.name]
+                        if row.skipped:
+                            continue
+                        if (repeat, level) != seen:
+                            seen = (repeat, level)
+                            progress(f"HTTP clients: repeat {repeat + 1} of {repeats}, {level} concurrent")
+                        try:
+                            found = client.measure(level, _calls_at(level, calls_per_level))
+                        except RuntimeError as error:
+                            for at in levels:
+                                rows[at, client.name].skipped = _why(error)
+                            continue
+                        row.values.append(found["cpu_s"] * 1000)
+                        walls[level, client.name].append(found["p50_s"] * 1000)
+        finally:
+            for client in clients:
+                client.close()
+    for key, row in rows.items():
+        if row.measured:
+            row.p50 = statistics.median(walls[key])
+    _set_http_budgets(rows, levels)
+    return list(rows.values())
+
+
+def _set_http_budgets(rows: dict[tuple[int, str], Row], levels: Sequence[int]) -> None:
+    for level in levels:
+        aiohttp, httpx = rows[level, _AIOHTTP], rows[level, _HTTPX]
+        if level > _LONE and aiohttp.measured and httpx.measured:
+            for name in _BUDGETED_CLIENTS:
+                limit = min(2 * aiohttp.median, httpx.median)
+                rows[level, name].budget = Budget(limit, "≤ 2 x aiohttp, < httpx")
+
+
+def _section(level: int) -> str:
+    return f"HTTP client, {level} concurrent, CPU per call"
+
+
+def _calls_at(level: int, calls: int) -> int:
+    """Enough calls to measure, without waiting for the latency too often."""
+    return max(2 * level, min(calls, 16 * level))
+
+
+def measure_imports(repeats: int, progress: Progress) -> list[Row]:
+    """CPU and memory of imports, over the bare interpreter."""
+    cpu, memory = {}, {}
+    for name in IMPORTS:
+        limits = _IMPORT_BUDGETS.get(name)
+        cpu[name] = Row("import, CPU over the bare interpreter", name, "s")
+        memory[name] = Row("import, memory over the bare interpreter", name, "MB")
+        if limits is not None:
+            cpu[name].budget = Budget(limits[0], f"≤ {limits[0]:g} s")
+            memory[name].budget = Budget(limits[1], f"≤ {limits[1]:g} MB")
+    for repeat in range(-1, repeats):  # the first time writes bytecode and fills the page cache
+        progress("imports: warming up" if repeat < 0 else f"imports: repeat {repeat + 1} of {repeats}")
+        bare_s, bare_mb = import_cost()
+        for name, statement in IMPORTS.items():
+            if cpu[name].skipped:
+                continue
+            try:
+                took_s, megabytes = import_cost(statement)
+            except RuntimeError as error:
+                cpu[name].skipped = memory[name].skipped = _why(error)
+                continue
+            if repeat >= 0:
+                cpu[name].values.append(took_s - bare_s)
+                memory[name].values.append(megabytes - bare_mb)
+    return [*cpu.values(), *memory.values()]
+
+
+def _why(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:100] if not isinstance(error, RuntimeError) else text[:100]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The HTTP clients and the in-process rows as bars, with a mark at each budget."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if row.measured]
+    sections = list(dict.fromkeys(row.section for row in shown))
+    heights = [sum(row.section == section for row in shown) for section in sections]
+    figure, axes = plt.subplots(
+        len(sections), 1, figsize=(9, 0.32 * sum(heights) + 1.1 * len(sections)), height_ratios=heights, squeeze=False
+    )
+    for axis, section in zip(axes[:, 0], sections, strict=True):
+        here = [row for row in shown if row.section == section][::-1]
+        colours = ["tab:blue" if row.budget or "llmmw" in row.name else "0.7" for row in here]
+        bars = axis.barh([row.name for row in here], [row.median for row in here], color=colours)
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        for at, row in enumerate(here):
+            if row.budget is not None:
+                axis.plot([row.budget.limit] * 2, [at - 0.45, at + 0.45], color="tab:red", linewidth=2)
+        axis.set_title(f"{section} [{here[0].unit}]; red: budget", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and calls: about 15 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the figures (needs matplotlib)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a budget is exceeded or not measured")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
+    parser.add_argument("--repeats", type=int, help="repeats of everything (5; HTTP 3)")
+    parser.add_argument("--calls", type=int, help="calls per repeat in process (1000) and per HTTP client (512)")
+    parser.add_argument("--levels", type=int, nargs="+", help="concurrent calls of the HTTP clients (1 64 256)")
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds before the server answers (0.05)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, progress: Progress) -> tuple[list[Row], dict[str, object]]:
+    """Measure what the options ask for; the settings that were used come with the rows."""
+    quick = options.quick
+    repeats = options.repeats or (1 if quick else 5)
+    http_repeats = options.repeats or (1 if quick else 3)
+    calls = options.calls or (300 if quick else 1000)
+    http_calls = options.calls or (192 if quick else 512)
+    levels = options.levels or ([64] if quick else [1, 64, 256])
+    rows: list[Row] = []
+    if "memory" in options.sections:
+        rows += measure_memory(repeats, calls, progress)
+    if "http" in options.sections:
+        rows += measure_http(http_repeats, levels, http_calls, options.delay, progress)
+    if "import" in options.sections:
+        rows += measure_imports(repeats, progress)
+    settings: dict[str, object] = {
+        "quick": quick, "repeats": repeats, "http_repeats": http_repeats, "calls": calls, "http_calls": http_calls,
+        "levels": levels, "delay_s": options.delay, "sections": list(options.sections), "import_base": BARE,
+    }  # fmt: skip
+    return rows, settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; the exit status."""
+    options = _options(arguments)
+    warnings.simplefilter("ignore", ResourceWarning)
+    progress = Progress()
+    rows, settings = run(options, progress)
+    found: dict[str, Any] = as_json(rows, settings, progress.took_s)
+    print(table(rows))
+    budgeted = [row for row in rows if row.budget is not None]
+    failed = [row for row in budgeted if row.status != "ok"]
+    print(f"\n{len(budgeted) - len(failed)} of {len(budgeted)} budgets kept, {found['took_s']} s")
+    for row in failed:
+        print(f"  {row.status}: {row.section}: {row.name}")
+    if options.json is not None:
+        write_json(options.json, found)
+    if options.chart is not None:
+        draw(rows, options.chart)
+    return 1 if options.check and failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
