@@ -200,7 +200,7 @@ class Stack:
         env = env or Env()
         layers = () if disabled() else self._layers
         routers = [layer for layer in layers if isinstance(layer, ForkingLayer)]
-        others = [as_endpoint(other) for router in routers for other in router.fallbacks]
+        others = [as_endpoint(other) for router in routers for other in router.targets]
         endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
         bounds: list[tuple[str, Bound]] = []
         handlers: list[Handler] = list(endpoints)
@@ -213,7 +213,7 @@ class Stack:
             else:
                 made = [layer.bind(handler, own) for handler, own in zip(handlers, envs, strict=True)]
                 bounds += [(str(layer.role), bound) for bound in made]
-                handlers = list(made)
+                handlers = [*made]
         bounds.reverse()
         hits = _hit_source(bounds)
         return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)

@@ -31,7 +31,7 @@ class ForkingLayer(Protocol):
     """A layer that sends a call to one of several endpoints: what stands inside it is bound once for each."""
 
     @property
-    def fallbacks(self) -> Sequence[object]:
+    def targets(self) -> Sequence[object]:
         """Endpoints besides the engine's own (anything `endpoints.as_endpoint` accepts)."""
         ...
 

@@ -1,0 +1,149 @@
+"""A circuit breaker as a pure state machine: closed, open, half open. Time and chance are given.
+
+Outcomes carry the ticket of their admission. The generation moves on with every opening and closing, so what was
+admitted before says nothing about the endpoint after.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from llmmw.algo.window import OutcomeWindow
+
+State = Literal["closed", "open", "half_open"]
+Result = Literal["ok", "failed", "neutral"]
+"""How a call speaks about the endpoint; "neutral" (4xx, 429, cancelled) says nothing and frees the probe."""
+
+_JITTER = 0.1
+_PEEK_AGAIN_S = 1.0
+"""While a probe is under way its answer may come any moment: whoever can wait should look again soon."""
+
+
+class CircuitRules(msgspec.Struct, frozen=True):
+    """When a circuit opens, and for how long."""
+
+    window_s: float = 30.0
+    min_calls: int = 10
+    failure_share: float = 0.5
+    consecutive: int = 5
+    open_s: float = 5.0
+    max_open_s: float = 60.0
+    lease_s: float = 30.0
+    """A probe without outcome for so long is taken for hung, and the next call may probe."""
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """An admission; `probe` numbers the probes of a half-open circuit from 1, 0 is an ordinary call."""
+
+    generation: int
+    probe: int = 0
+
+
+class Circuit:
+    """One circuit. Every method is given the time; it must not run backwards."""
+
+    __slots__ = ("_consecutive", "_failures_in_row", "_lease_until", "_open_until", "_probe", "_rules", "_window",
+                 "generation", "state")  # fmt: skip
+
+    def __init__(self, rules: CircuitRules) -> None:
+        self._rules = rules
+        self._window = OutcomeWindow(rules.window_s)
+        self._consecutive = 0
+        self._failures_in_row = 0
+        self._open_until = 0.0
+        self._lease_until: float | None = None
+        self._probe = 0
+        self.state: State = "closed"
+        self.generation = 0
+
+    def admit(self, now: float) -> Ticket | None:
+        """Let a call through, or None while the endpoint rests (then `retry_at` says until when)."""
+        if self.state == "closed":
+            return Ticket(self.generation)
+        if self.state == "open":
+            if now < self._open_until:
+                return None
+            self.state = "half_open"
+        if self._lease_until is not None and now < self._lease_until:
+            return None
+        self._probe += 1
+        self._lease_until = now + self._rules.lease_s
+        return Ticket(self.generation, self._probe)
+
+    def retry_at(self, now: float) -> float:
+        """When a call that was not admitted may come again."""
+        if self.state == "open":
+            return max(self._open_until, now)
+        return now if self._lease_until is None else min(self._lease_until, now + _PEEK_AGAIN_S)
+
+    def record(
+        self,
+        ticket: Ticket,
+        result: Result,
+        now: float,
+        *,
+        draw: float = 0.0,
+        asked_s: float | None = None,
+        decisive: bool = False,
+    ) -> None:
+        """Take in how an admitted call ended.
+
+        Args:
+            ticket: from `admit`; one of an older generation is ignored.
+            result: what it says about the endpoint.
+            now: the time.
+            draw: uniform in [0, 1), for the jitter of an opening.
+            asked_s: seconds that the server asked for; an opening lasts at least as long.
+            decisive: one failure is enough.
+        """
+        if ticket.generation != self.generation or self.state == "open":
+            return
+        if self.state == "half_open":
+            self._record_probe(ticket, result, now, draw, asked_s)
+        elif result == "ok":
+            self._consecutive = 0
+            self._window.add(now, failed=False)
+        elif result == "failed":
+            self._consecutive += 1
+            self._window.add(now, failed=True)
+            if decisive or self._is_sick():
+                self._open(now, draw, asked_s)
+
+    def release(self) -> None:
+        """Calls in flight are lost without outcome (fork, new home loop): free the probe."""
+        self._lease_until = None
+
+    def _record_probe(self, ticket: Ticket, result: Result, now: float, draw: float, asked_s: float | None) -> None:
+        if result == "ok":
+            # Also of a probe taken for hung: a slow success is a success, else slow models would stay locked out.
+            self._close()
+        elif result == "failed":
+            self._open(now, draw, asked_s)
+        elif ticket.probe == self._probe:
+            self._lease_until = None
+
+    def _is_sick(self) -> bool:
+        rules, window = self._rules, self._window
+        if self._consecutive >= rules.consecutive:
+            return True
+        return window.total >= rules.min_calls and window.failed >= rules.failure_share * window.total
+
+    def _open(self, now: float, draw: float, asked_s: float | None) -> None:
+        rest = self._rules.open_s * 2.0 ** min(self._failures_in_row, 30)
+        rest = min(max(rest, asked_s or 0.0), self._rules.max_open_s)
+        self._failures_in_row += 1
+        self._open_until = max(self._open_until, now + rest * (1 + _JITTER * draw))
+        self._turn("open")
+
+    def _close(self) -> None:
+        self._failures_in_row = 0
+        self._turn("closed")
+
+    def _turn(self, state: State) -> None:
+        self.state = state
+        self.generation += 1
+        self._lease_until = None
+        self._consecutive = 0
+        self._window.clear()

@@ -1,0 +1,274 @@
+"""CircuitBreaker: stops asking an endpoint that does not answer, and a credential that is refused."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from llmmw.algo.circuit import Circuit, CircuitRules
+from llmmw.call import Reply
+from llmmw.errors import CircuitOpen
+from llmmw.events import CircuitChanged, RefusedEarly
+from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
+from llmmw.layers.attempt import exchange_of
+from llmmw.layers.base import Bound
+from llmmw.order import Role
+from llmmw.settings import number, positive_seconds, settings, whole
+from llmmw.stream import at_end
+
+if TYPE_CHECKING:
+    from llmmw.algo.circuit import Result, Ticket
+    from llmmw.call import Call, Handler
+    from llmmw.env import Env
+    from llmmw.stream import End
+
+_MAX_CIRCUITS = 1024
+"""Model names come from callers; beyond so many, healthy circuits are forgotten."""
+
+_REMEMBERED_EXCHANGES = 64
+
+
+@settings
+class CircuitBreaker:
+    """One circuit per endpoint and model: opens when it fails, then lets single probes through.
+
+    Failures are lost or refused connections, 5xx, time-outs and answers that are none; a bad request, a 429, a full
+    pool and a cancelled call say nothing about the endpoint. A refused credential (401, 402, spent quota; 403 after
+    `consecutive` in a row) rests alone, and its callers get the server's own refusal again without a request.
+
+    Args:
+        window: seconds looked back.
+        min_calls: fewer outcomes in the window open nothing.
+        failure_share: share of failures in the window that opens.
+        consecutive: failures in a row that open.
+        open_for: first rest; doubles with each failed probe (or as long as the server's Retry-After).
+        max_open: longest rest.
+        probe_timeout: a probe without outcome for so long no longer keeps others from probing.
+
+    Raises:
+        ConfigError: a value that cannot work.
+        CircuitOpen: from a call, with `retry_at`.
+    """
+
+    role: ClassVar[Role] = Role.BREAKER
+    window: float | str = 30.0
+    min_calls: int = 10
+    failure_share: float = 0.5
+    consecutive: int = 5
+    open_for: float | str = 5.0
+    max_open: float | str = 60.0
+    probe_timeout: float | str = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "open_for", "max_open", "probe_timeout"):
+            object.__setattr__(self, name, positive_seconds(f"CircuitBreaker({name}=)", getattr(self, name)))
+        whole("CircuitBreaker(min_calls=)", self.min_calls)
+        whole("CircuitBreaker(consecutive=)", self.consecutive)
+        number("CircuitBreaker(failure_share=)", self.failure_share, high=1, open_low=True)
+        number("CircuitBreaker(max_open=)", float(self.max_open), low=float(self.open_for))
+
+    def bind(self, inner: Handler, env: Env) -> BoundBreaker:
+        """Running state: the circuits."""
+        rules = CircuitRules(
+            window_s=float(self.window),
+            min_calls=self.min_calls,
+            failure_share=self.failure_share,
+            consecutive=self.consecutive,
+            open_s=float(self.open_for),
+            max_open_s=float(self.max_open),
+            lease_s=float(self.probe_timeout),
+        )
+        return BoundBreaker(inner, env, rules)
+
+
+class _Line:
+    """A circuit with what belongs to it: one of an endpoint's model, or of a credential there."""
+
+    __slots__ = ("circuit", "exchanges", "refusal", "told", "why")
+
+    def __init__(self, rules: CircuitRules) -> None:
+        self.circuit = Circuit(rules)
+        self.told = "closed"
+        self.exchanges: deque[int] = deque(maxlen=_REMEMBERED_EXCHANGES)
+        self.refusal: Reply | None = None
+        self.why = ""
+
+
+class _Admitted(msgspec.Struct, frozen=True):
+    """A call that was let through, and to whom its outcome is owed."""
+
+    call: Call
+    line: _Line
+    ticket: Ticket
+    credential: _Line | None
+    own_ticket: Ticket | None
+
+
+_ABANDONED = Fault(FaultKind.CANCELLED)
+
+
+def _speaks(fault: Fault | None) -> Result:
+    """What an outcome says about the endpoint."""
+    if fault is None or fault.kind is FaultKind.CONTENT_FILTER:
+        return "ok"
+    return "failed" if fault.kind in HURTS_ENDPOINT and not fault.local else "neutral"
+
+
+class BoundBreaker(Bound):
+    """The circuits of one endpoint."""
+
+    def __init__(self, inner: Handler, env: Env, rules: CircuitRules) -> None:
+        super().__init__(inner, env)
+        self._rules = rules
+        self._endpoints: dict[tuple[str, str], _Line] = {}
+        self._credentials: dict[tuple[str, str, str], _Line] = {}
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer, unless the endpoint rests; its outcome is taken in at the end of the body.
+
+        Raises:
+            CircuitOpen: the endpoint, or this credential there, is not asked now.
+        """
+        now = self.env.clock.monotonic()
+        credential = self._credentials.get((call.target, call.model, call.namespace))
+        own_ticket = None
+        if credential is not None:
+            own_ticket = credential.circuit.admit(now)
+            if own_ticket is None:
+                return self._refused_again(call, credential, now)
+        line = self._line(call)
+        ticket = line.circuit.admit(now)
+        if ticket is None:
+            if credential is not None and own_ticket is not None:
+                credential.circuit.record(own_ticket, "neutral", now)
+            self.env.emit(RefusedEarly("breaker", "circuit open"))
+            raise self._open_error(call, line)
+        self._tell(call, line)
+        admitted = _Admitted(call, line, ticket, credential, own_ticket)
+        try:
+            reply = await self.inner(call)
+        except BaseException as error:
+            self._judge(admitted, error)
+            raise
+        return at_end(reply, lambda end: self._ended(admitted, reply, end))
+
+    def rehome(self) -> None:
+        """Probes in flight are gone."""
+        for line in (*self._endpoints.values(), *self._credentials.values()):
+            line.circuit.release()
+
+    def gauges(self) -> dict[str, object]:
+        """How many circuits are not closed."""
+        lines, credentials = list(self._endpoints.values()), list(self._credentials.values())
+        return {
+            "not_closed": sum(line.circuit.state != "closed" for line in lines),
+            "credentials_not_closed": sum(line.circuit.state != "closed" for line in credentials),
+        }
+
+    def _ended(self, admitted: _Admitted, reply: Reply, end: End) -> None:
+        if end.how == "finished":
+            self._judge(admitted, reply)
+        elif end.how == "failed" and end.error is not None:
+            self._judge(admitted, end.error)
+        else:
+            # The reader left: the endpoint was answering, but nobody knows whether it would have to the end.
+            self._settle(admitted, _ABANDONED, 0, None)
+
+    def _judge(self, admitted: _Admitted, outcome: Reply | BaseException) -> None:
+        fault = classify(outcome, wall=self.env.clock.wall())
+        self._settle(admitted, fault, exchange_of(outcome), outcome if isinstance(outcome, Reply) else None)
+
+    def _settle(self, admitted: _Admitted, fault: Fault | None, exchange: int, reply: Reply | None) -> None:
+        now, draw = self.env.clock.monotonic(), self.env.rng.random()
+        call, line = admitted.call, admitted.line
+        asked = None if fault is None else fault.retry_after_s
+        result = _speaks(fault)
+        if exchange:
+            # One request that failed for many calls is one failure.
+            result = "neutral" if exchange in line.exchanges else result
+            line.exchanges.append(exchange)
+        line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
+        if self._tell(call, line) == "open":
+            self._shed(call, line)
+        self._settle_credential(admitted, fault, reply, now, draw)
+
+    def _settle_credential(
+        self, admitted: _Admitted, fault: Fault | None, reply: Reply | None, now: float, draw: float
+    ) -> None:
+        hurts = fault is not None and fault.kind in HURTS_CREDENTIAL
+        line, ticket = admitted.credential, admitted.own_ticket
+        if line is None and hurts:
+            line = self._credential(admitted.call)
+            ticket = line.circuit.admit(now)
+        if line is None or ticket is None:
+            return
+        if fault is not None and hurts:
+            line.refusal = reply
+            line.why = fault.kind.value if fault.status is None else f"{fault.kind.value}, status {fault.status}"
+        decisive = fault is not None and fault.status != 403  # noqa: PLR2004 — a 403 may be about one prompt only
+        result: Result = "failed" if hurts else "ok" if fault is None else "neutral"
+        line.circuit.record(ticket, result, now, draw=draw, decisive=decisive)
+        self._tell(admitted.call, line, " (credential)")
+
+    def _line(self, call: Call) -> _Line:
+        key = (call.target, call.model)
+        line = self._endpoints.get(key)
+        if line is None:
+            _forget_healthy(self._endpoints)
+            line = self._endpoints[key] = _Line(self._rules)
+        return line
+
+    def _credential(self, call: Call) -> _Line:
+        key = (call.target, call.model, call.namespace)
+        line = self._credentials.get(key)
+        if line is None:
+            _forget_healthy(self._credentials)
+            line = self._credentials[key] = _Line(self._rules)
+        return line
+
+    def _tell(self, call: Call, line: _Line, whose: str = "") -> str:
+        """Emit a change of state; the new state, or "" where it is the same."""
+        state = line.circuit.state
+        if state == line.told:
+            return ""
+        line.told = state
+        self.env.emit(CircuitChanged(call.target + whose, state))
+        return state
+
+    def _shed(self, call: Call, line: _Line) -> None:
+        """Fail at once what waits below for the endpoint that was just declared dead."""
+        inner = self.inner
+        while isinstance(inner, Bound):
+            inner.shed(call, lambda: self._open_error(call, line))
+            inner = inner.inner
+
+    def _open_error(self, call: Call, line: _Line) -> CircuitOpen:
+        now = self.env.clock.monotonic()
+        retry_at = line.circuit.retry_at(now)
+        where = call.target or "the endpoint"
+        return CircuitOpen(
+            f"{where} failed too often for model {call.model!r}; asked again in {retry_at - now:.1f} s",
+            retry_at=retry_at,
+            retry_after_s=retry_at - now,
+        )
+
+    def _refused_again(self, call: Call, line: _Line, now: float) -> Reply:
+        """What the server would say: its own refusal, without asking it."""
+        self.env.emit(RefusedEarly("breaker", "credential refused"))
+        if line.refusal is not None:
+            return line.refusal
+        retry_at = line.circuit.retry_at(now)
+        where = call.target or "the endpoint"
+        raise CircuitOpen(
+            f"{where} refused this credential ({line.why}); asked again in {retry_at - now:.1f} s",
+            retry_at=retry_at,
+            retry_after_s=retry_at - now,
+        )
+
+
+def _forget_healthy(lines: dict[Any, _Line]) -> None:
+    if len(lines) >= _MAX_CIRCUITS:
+        for key in [key for key, line in lines.items() if line.circuit.state == "closed"]:
+            del lines[key]

@@ -1,0 +1,273 @@
+"""ErrorRouter: asks another endpoint when the first cannot answer, each at most once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from llmmw.call import Attempt, Reply
+from llmmw.errors import AllEndpointsFailed, CircuitOpen, ConfigError
+from llmmw.events import FellBack
+from llmmw.fault import Fault, FaultKind, classify, error_of
+from llmmw.faultbodies import context_limit
+from llmmw.layers.attempt import annotate, attempt_of, make_attempt
+from llmmw.layers.base import Bound
+from llmmw.order import Role
+from llmmw.settings import seconds, settings, whole
+from llmmw.wire import HTTPRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmmw.call import Call, Handler
+    from llmmw.env import Env
+
+_ELSEWHERE = frozenset({
+    FaultKind.NOT_SENT, FaultKind.RATE, FaultKind.QUOTA, FaultKind.AUTH, FaultKind.SERVER, FaultKind.MALFORMED,
+    FaultKind.CONTEXT_LENGTH,
+})  # fmt: skip
+"""Classes that another endpoint (another credential, a larger context) may not share."""
+
+_REFUSED_ELSEWHERE = frozenset({"CircuitOpen", "RateLimited", "QueueFull"})
+"""Our own refusals that concern one endpoint; a deadline or a closed engine concerns all."""
+
+_UNCOUNTED = frozenset({FaultKind.RATE.value, FaultKind.REFUSED.value})
+"""Attempts that do not count against `max_total_attempts`: the server said when, or nothing was sent."""
+
+_SHORTEST_WAIT_S = 0.05
+
+
+@settings
+class Fallback:
+    """One fallback with its own model name and size.
+
+    Args:
+        endpoint: an `Endpoint`, a base URL or an async callable, as `Stack.bind` takes it.
+        model: name of the model there; by default the call's own.
+        max_context: its context length in tokens. A prompt too long elsewhere is sent there only if this is larger
+            than what was too small (or unknown).
+    """
+
+    endpoint: Any
+    model: str | None = None
+    max_context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_context is not None:
+            whole("Fallback(max_context=)", self.max_context)
+
+
+@settings
+class ErrorRouter:
+    """Falls back to other endpoints, in the order given, by class of the failure.
+
+    Another endpoint is asked after lost connections, 5xx, answers that are none, rate limits with a long wait,
+    refused credentials and spent quotas, open circuits, and prompts too long for the one before (a larger one only).
+    It is not asked after a bad request, nor (without `duplicate_ok`) after a call that may be done already.
+
+    Each endpoint is asked once (with its own retries). An answer by another than the first has `reply.fallback` set
+    and the answering endpoint in `reply.endpoint`. If all circuits are open and the call has a deadline, the earliest
+    is waited for.
+
+    Args:
+        fallbacks: endpoints, base URLs, async callables, or `Fallback(endpoint, model=, max_context=)`.
+        max_total_attempts: attempts over all endpoints; waits for a rate limit and refusals of our own do not count.
+        rate_wait: while another endpoint could answer, a longer wait for a rate limit sends the call there.
+        duplicate_ok: also send elsewhere what may be done already.
+        on_content_filter: also send elsewhere what a content filter stopped.
+        max_context: context length of the first endpoint in tokens, where its error messages do not name it.
+
+    Raises:
+        ConfigError: a value that cannot work.
+        AllEndpointsFailed: from a call, when more than one endpoint was asked; one error for each. With one endpoint
+            asked its own refusal or exception comes back unchanged.
+    """
+
+    role: ClassVar[Role] = Role.ROUTE
+    fallbacks: Sequence[Any] = ()
+    max_total_attempts: int = 6
+    rate_wait: float | str = 2.0
+    duplicate_ok: bool = False
+    on_content_filter: bool = False
+    max_context: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fallbacks, str | Fallback):
+            raise ConfigError(f"ErrorRouter(fallbacks={self.fallbacks!r}): must be a list of endpoints")
+        whole("ErrorRouter(max_total_attempts=)", self.max_total_attempts)
+        if self.max_context is not None:
+            whole("ErrorRouter(max_context=)", self.max_context)
+        object.__setattr__(self, "rate_wait", seconds("ErrorRouter(rate_wait=)", self.rate_wait))
+        object.__setattr__(self, "fallbacks", tuple(self.fallbacks))
+
+    @property
+    def targets(self) -> tuple[object, ...]:
+        """The fallbacks' endpoints, as `Stack.bind` needs them."""
+        return tuple(entry.endpoint if isinstance(entry, Fallback) else entry for entry in self.fallbacks)
+
+    def bind(self, inner: Handler, env: Env) -> BoundRouter:
+        """Over one endpoint only, as in a stack without fallbacks."""
+        return self.bind_fork([inner], env)
+
+    def bind_fork(self, targets: Sequence[Handler], env: Env) -> BoundRouter:
+        """Running state over one handler per endpoint, the engine's own first."""
+        if len(targets) != 1 + len(self.fallbacks):
+            raise ConfigError(f"ErrorRouter: {len(self.fallbacks)} fallbacks but {len(targets) - 1} bound handlers")
+        routes = [_Route(targets[0], _name_of(targets[0]), None, self.max_context)]
+        for entry, handler in zip(self.fallbacks, targets[1:], strict=True):
+            found = entry if isinstance(entry, Fallback) else Fallback(entry)
+            routes.append(_Route(handler, _name_of(handler), found.model, found.max_context))
+        return BoundRouter(routes, env, self)
+
+
+class _Route(msgspec.Struct, frozen=True):
+    handler: Any
+    name: str
+    model: str | None
+    max_context: int | None
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    route: _Route
+    outcome: Any
+    """The refusal (a Reply) or the exception."""
+    fault: Fault
+
+    def as_error(self, wall: float) -> Exception:
+        if isinstance(self.outcome, Reply):
+            return error_of(self.outcome, wall=wall)
+        found: Exception = self.outcome
+        return found
+
+
+class BoundRouter(Bound):
+    """The endpoints in order; nothing is kept between calls."""
+
+    def __init__(self, routes: Sequence[_Route], env: Env, rules: ErrorRouter) -> None:
+        super().__init__(routes[0].handler, env)
+        self._routes = tuple(routes)
+        self._rules = rules
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer from the first endpoint that can.
+
+        Raises:
+            AllEndpointsFailed: several were asked and none could.
+        """
+        while True:
+            failures: list[_Failure] = []
+            try:
+                found = await self._ask_in_turn(call, failures)
+                if found is not None:
+                    return found
+                wait_s = self._until_earliest(call, failures)
+                if wait_s is None:
+                    return self._fail(failures)
+            finally:
+                failures.clear()  # exceptions whose tracebacks lead back to this frame
+            await self.env.clock.sleep(wait_s)
+
+    async def _ask_in_turn(self, call: Call, failures: list[_Failure]) -> Reply | None:
+        """Ask each endpoint once while its predecessors' failures allow; None if none answered."""
+        too_small, attempts = 0, tuple[Attempt, ...]()
+        for index, route in enumerate(self._routes):
+            if too_small and route.max_context is not None and route.max_context <= too_small:
+                continue
+            left = self._rules.max_total_attempts - sum(attempt.fault not in _UNCOUNTED for attempt in attempts)
+            if left < 1:
+                return None
+            if failures:
+                self.env.emit(FellBack(failures[-1].route.name, route.name, failures[-1].fault.kind.value))
+            outcome = await make_attempt(route.handler, self._addressed(call, index, left))
+            fault = classify(outcome, wall=self.env.clock.wall())
+            if isinstance(outcome, Reply) and (fault is None or (outcome.ok and not self._goes_on(fault, index))):
+                return _answer(outcome, route, attempts, fallback=index > 0)
+            assert fault is not None  # noqa: S101 — only a reply can be without fault
+            failures.append(_Failure(route, outcome, fault))
+            attempts += _history(failures[-1])
+            if not self._goes_on(fault, index):
+                return None
+            if fault.kind is FaultKind.CONTEXT_LENGTH:
+                too_small = max(too_small, context_limit(fault.message) or route.max_context or 0)
+        return None
+
+    def _goes_on(self, fault: Fault, index: int) -> bool:
+        """Whether the next endpoint is asked after this failure."""
+        if index + 1 == len(self._routes):
+            return False
+        if fault.kind is FaultKind.AMBIGUOUS:
+            return self._rules.duplicate_ok
+        if fault.kind is FaultKind.CONTENT_FILTER:
+            return self._rules.on_content_filter
+        if fault.kind is FaultKind.REFUSED:
+            return fault.code in _REFUSED_ELSEWHERE
+        return fault.kind in _ELSEWHERE
+
+    def _addressed(self, call: Call, index: int, left: int) -> Call:
+        """The call as this endpoint gets it."""
+        if len(self._routes) == 1:
+            return call
+        rate_wait_s = float(self._rules.rate_wait) if index + 1 < len(self._routes) else None
+        if index == 0:
+            return call.replace(tries_left=left, rate_wait_s=rate_wait_s)
+        route = self._routes[index]
+        model = route.model or call.model
+        payload = {**call.payload, "model": model} if route.model and call.op != "function" else call.payload
+        # An HTTP edge's own request holds the first endpoint's URL and credential: nothing of it may go elsewhere.
+        native = None if isinstance(call.native, HTTPRequest) else call.native
+        return call.replace(
+            target=route.name, model=model, payload=payload, native=native, tries_left=left, rate_wait_s=rate_wait_s
+        )
+
+    def _until_earliest(self, call: Call, failures: list[_Failure]) -> float | None:
+        """Seconds until the first open circuit may be asked again, where all are open and the deadline allows."""
+        deadline = call.deadline
+        opens = [failure.outcome for failure in failures if isinstance(failure.outcome, CircuitOpen)]
+        moments = [error.retry_at for error in opens if error.retry_at is not None]
+        if deadline is None or not moments or len(opens) != len(failures):
+            return None
+        now = self.env.clock.monotonic()
+        wait_s = max(min(moments) - now, _SHORTEST_WAIT_S)
+        return wait_s if now + wait_s < deadline else None
+
+    def _fail(self, failures: list[_Failure]) -> Reply:
+        attempts = tuple(attempt for failure in failures for attempt in _history(failure))
+        if len(failures) == 1:
+            outcome = failures[0].outcome
+            if isinstance(outcome, Reply):
+                return outcome.replace(attempts=attempts)
+            annotate(outcome, attempts)
+            raise outcome
+        told = "; ".join(f"{failure.route.name or 'the endpoint'}: {_words(failure)}" for failure in failures)
+        errors = [failure.as_error(self.env.clock.wall()) for failure in failures]
+        raise AllEndpointsFailed(f"all {len(failures)} endpoints failed: {told}", errors, attempts=attempts)
+
+
+def _answer(reply: Reply, route: _Route, before: tuple[Attempt, ...], *, fallback: bool) -> Reply:
+    if not fallback and not before and reply.endpoint:
+        return reply
+    return reply.replace(attempts=before + reply.attempts, endpoint=reply.endpoint or route.name, fallback=fallback)
+
+
+def _history(failure: _Failure) -> tuple[Attempt, ...]:
+    """The attempts that a Retry inside recorded, or this one."""
+    known: tuple[Attempt, ...] = getattr(failure.outcome, "attempts", ())
+    return known or (attempt_of(failure.outcome, failure.fault, failure.route.name),)
+
+
+def _words(failure: _Failure) -> str:
+    fault = failure.fault
+    if isinstance(failure.outcome, Reply):
+        said = f" ({fault.message})" if fault.message else ""
+        return f"{fault.kind.value}, status {failure.outcome.status}{said}"
+    later = f", again in {fault.retry_after_s:.1f} s" if fault.retry_after_s else ""
+    return f"{fault.kind.value}, {type(failure.outcome).__name__}{later}"
+
+
+def _name_of(handler: Handler) -> str:
+    """The name of the endpoint that a stack of bound layers ends in."""
+    while isinstance(handler, Bound):
+        handler = handler.inner
+    found = getattr(handler, "name", "")
+    return found if isinstance(found, str) else ""
