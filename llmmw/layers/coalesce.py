@@ -18,7 +18,7 @@ from llmmw.copies import NotCopyable, own_error, own_reply
 from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
 from llmmw.events import Coalesced
 from llmmw.interrupt import until_deadline
-from llmmw.keys import Sharing, Uncacheable
+from llmmw.keys import Sharing, Uncacheable, key_of
 from llmmw.layers.base import Bound
 from llmmw.layers.flight import Flight, current_flight
 from llmmw.order import Role
@@ -114,9 +114,12 @@ class BoundCoalescer(Bound):
 
     def invalidate(self, call: Call) -> int:
         """Newcomers start afresh; those who wait keep their flight. Nothing is stored here."""
-        key = self._key(call)
-        if key is not None:
-            self._table.pop(key, None)
+        try:
+            key = key_of(call, remote_content=True)
+        except Uncacheable:
+            return 0
+        for stream in (False, True):
+            self._table.pop((key, stream), None)
         return 0
 
     def rehome(self) -> None:

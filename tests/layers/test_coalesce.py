@@ -24,7 +24,8 @@ from llmmw.errors import (
     StatusError,
     StreamInterrupted,
 )
-from llmmw.events import Coalesced
+from llmmw.events import CacheStored, Coalesced
+from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
 from llmmw.order import Role
 from llmmw.testing.clock import manual_time
@@ -755,6 +756,76 @@ async def test_a_function_s_values_are_private(clock):
     assert theirs[0].value == value
     assert theirs[0].value is not value
     assert theirs[1] == Item(None, b"j[1]")
+
+
+# ── with the cache outside ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cached(clock, inner, events, *, sampling="share", **options):
+    """Cache over coalescer over `inner`, and the coalescer."""
+    env = Env(clock=clock, sinks=(events.append,))
+    coalescer = Coalescer(**options).bind(inner, env)
+    return TTLCache(300, sampling=sampling).bind(coalescer, env), coalescer
+
+
+def stores(events):
+    return sum(isinstance(event, CacheStored) for event in events)
+
+
+@manual_time
+async def test_coalesce_07_share_joins_twenty_agents_and_lanes_keep_them_apart(clock):
+    calls = [chat_call(temperature=1, context=Context(agent=f"a{n}")) for n in range(20)]
+    for sampling, expected in (("share", 1), ("lanes", 20), ("deterministic", 20)):
+        upstream, events = FakeUpstream(latency_s=1, numbered=True), []
+        cache, coalescer = cached(clock, upstream, events, sampling=sampling)
+        replies = await asyncio.gather(*map(cache, calls))
+        assert len({reply.text for reply in replies}) == len(upstream.calls) == expected, sampling
+        await assert_empty(coalescer)
+
+
+@manual_time
+async def test_a_flight_is_stored_once_and_before_it_leaves_the_table(clock):
+    upstream, events = FakeUpstream(latency_s=1), []
+    cache, coalescer = cached(clock, upstream, events)
+
+    async def caller(delay):
+        await asyncio.sleep(delay)
+        return (await cache(same())).source
+
+    tasks = [asyncio.create_task(caller(n / 100)) for n in range(200)]
+    await asyncio.sleep(0.5)
+    tasks[0].cancel()
+    found = (await outcomes(tasks))[1:]
+    assert len(upstream.calls) == stores(events) == 1
+    assert set(found) == {"coalesced", "cache"}
+    await assert_empty(coalescer)
+
+
+@manual_time
+async def test_a_shared_stream_is_stored_once_also_when_its_leader_left(clock):
+    upstream, events = FakeUpstream([streaming()]), []
+    cache, coalescer = cached(clock, upstream, events)
+    leader, follower = await asyncio.gather(*start(cache, same(stream=True), same(stream=True)))
+    await leader.chunks.aclose()
+    assert await read(follower) == chat_chunks("one two three")
+    assert stores(events) == 1
+    again = await cache(same(stream=True))
+    assert (again.source, await read(again)) == ("cache", chat_chunks("one two three"))
+    await assert_empty(coalescer)
+
+
+@manual_time
+async def test_after_an_invalidation_a_shared_sample_is_asked_for_anew(clock):
+    upstream, events = FakeUpstream(latency_s=2, numbered=True), []
+    cache, coalescer = cached(clock, upstream, events)
+    call = chat_call(temperature=1)
+    (old,) = start(cache, call)
+    await asyncio.sleep(1)
+    cache.invalidate(call)
+    coalescer.invalidate(call)
+    assert ((await cache(call)).text, (await old).text) == ("echo: hello #2", "echo: hello #1")
+    assert (await cache(call)).text == "echo: hello #2"
+    await assert_empty(coalescer)
 
 
 # ── closing, moving ─────────────────────────────────────────────────────────────────────────────────────────────────
