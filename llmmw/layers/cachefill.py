@@ -119,7 +119,7 @@ class Filler:
         """Why an answer is not even looked at, or None."""
         if not self._stores:
             return "mode"
-        if reply.endpoint and call.target and reply.endpoint != call.target and not self.settings.store_fallbacks:
+        if reply.fallback and not self.settings.store_fallbacks:
             return "fallback's answer"
         if not reply.ok and not self.settings.negative_ttl:
             return "refused"
