@@ -143,14 +143,12 @@ class Tee:
 
     async def next_for(self, cursor: _Cursor) -> Chunk:
         """The next chunk for one reader; waits for the source if it has read all there is."""
-        while cursor.index >= self._first + len(self._chunks):
-            if cursor not in self._cursors:
-                raise StopAsyncIteration
+        while cursor in self._cursors and cursor.index >= self._first + len(self._chunks):
             if self._ended:
                 self._cursors.discard(cursor)
-                if self._error is None:
-                    raise StopAsyncIteration
-                raise own_error(self._error) if cursor.own else self._error
+                if self._error is not None:
+                    raise own_error(self._error) if cursor.own else self._error
+                break
             cursor.wake = asyncio.get_running_loop().create_future()
             try:
                 await cursor.wake

@@ -123,7 +123,11 @@ async def test_a_stream_may_be_read_to_its_end_for_nobody(clock):
     shared = Shared([b"x" * 50_000] * 5, orphans=True).start()
     reader = shared.tee.reader(own=False)
     await reader.__anext__()
+    await settle()
+    assert not shared.task.done()  # it reads ahead a little, and no further
     await reader.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await reader.__anext__()
     await shared.task
     assert shared.abandoned == 1
     assert not shared.source.closed  # it ended by itself
@@ -176,6 +180,38 @@ async def test_a_lone_slow_reader_gets_everything_and_holds_the_source_back(cloc
         got.append(chunk)
         await asyncio.sleep(1)
     assert got == script
+
+
+@manual_time
+async def test_closing_a_reader_ends_its_own_wait(clock):
+    shared = Shared([b"1", b"2"], gap_s=5).start()
+    first, second = shared.tee.reader(own=False), shared.tee.reader(own=True)
+    waiting = asyncio.create_task(drain(first))
+    await asyncio.sleep(1)
+    await first.aclose()
+    assert await waiting == []
+    assert await drain(second) == [b"1", b"2"]
+
+
+def test_a_loop_dropped_with_a_shared_stream_pending_is_silent(caplog):
+    loop = asyncio.new_event_loop()
+
+    async def begin():
+        shared = Shared([b"1", b"2"], gap_s=100).start()
+        reader = shared.tee.reader(own=False)
+        return shared, reader, asyncio.ensure_future(drain(reader))
+
+    shared, reader, waiting = loop.run_until_complete(begin())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    pump = shared.task.get_coro()
+    pump.close()
+    waiting.get_coro().close()
+    for task in (shared.task, waiting):
+        task._log_destroy_pending = False
+    del reader, waiting, shared, pump, task
+    gc.collect()
+    assert caplog.records == []
 
 
 @manual_time

@@ -27,6 +27,7 @@ from llmmw.errors import (
 from llmmw.events import CacheStored, Coalesced
 from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
+from llmmw.layers.limit import RateLimiter
 from llmmw.order import Role
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
@@ -492,6 +493,36 @@ async def test_coalesce_08_a_more_urgent_follower_raises_the_flight(clock):
     await asyncio.gather(*tasks)
     assert changes == [(1, None)]
     assert repr(call.urgency) == "Urgency(priority=0, deadline=None)"
+
+
+@manual_time
+async def test_coalesce_08_a_flight_moves_up_in_the_limiter_with_a_more_urgent_follower(clock):
+    upstream = FakeUpstream(latency_s=5)
+    env = Env(clock=clock)
+    coalescer = Coalescer().bind(RateLimiter(concurrency=1).bind(upstream, env), env)
+    tasks = start(coalescer, same("running"))
+    await asyncio.sleep(1)
+    tasks += start(coalescer, same("patient", context=Context(priority=3)), same("shared", context=Context(priority=5)))
+    await asyncio.sleep(1)
+    tasks += start(coalescer, same("shared", context=Context(priority=1)))
+    await asyncio.gather(*tasks)
+    assert [call.payload["messages"][0]["content"] for call in upstream.calls] == ["running", "shared", "patient"]
+    await coalescer.inner.aclose()
+
+
+@manual_time
+async def test_coalesce_03_the_limiter_judges_a_flight_by_its_latest_deadline(clock):
+    upstream = FakeUpstream()
+    env = Env(clock=clock)
+    coalescer = Coalescer().bind(RateLimiter(rpm=60, burst=1).bind(upstream, env), env)
+    await coalescer(same("first"))
+    hurried, patient = start(
+        coalescer, same("second", context=within(clock, 0.1)), same("second", context=within(clock, 30))
+    )
+    with pytest.raises(DeadlineExceeded):
+        await hurried
+    assert (await patient).ok
+    await coalescer.inner.aclose()
 
 
 @manual_time
