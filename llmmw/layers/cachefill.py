@@ -115,7 +115,7 @@ class Filler:
             elif reply.ok:
                 self._shut.discard(call.namespace)
 
-    def why_not(self, call: Call, reply: Reply) -> str | None:
+    def why_not(self, reply: Reply) -> str | None:
         """Why an answer is not even looked at, or None."""
         if not self._stores:
             return "mode"
@@ -190,7 +190,7 @@ class Fill:
         self.done = True
         filler, call = self._filler, self._call
         filler.note_credential(call, reply)
-        reason = filler.why_not(call, reply)
+        reason = filler.why_not(reply)
         if reason is not None:
             if reason != "mode":
                 filler.env.emit(CacheSkipped(reason))
