@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from llmmw import order
 from llmmw.engine import Engine
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from llmmw.call import Handler
+    from llmmw.edges.function import Wrapped
     from llmmw.endpoints.base import Endpoint
     from llmmw.layers.base import Bound
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _TRANSPARENT_TO_HITS = {Role.DEADLINE}
 """Layers outside the cache that have nothing to do for a call that is answered at once."""
@@ -218,7 +222,7 @@ class Stack:
         hits = _hit_source(bounds)
         return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)
 
-    def wrap(self, function: Callable[..., Any], **options: Any) -> Any:
+    def wrap(self, function: Callable[P, R], **options: Any) -> Wrapped[P, R]:
         """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""
         from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
 

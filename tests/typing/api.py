@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from typing import Any, assert_type
 
 import llmmw
@@ -24,12 +24,17 @@ async def words(text: str) -> AsyncGenerator[str]:
     yield text
 
 
+@llmmw.Stack().wrap
+async def wrapped(prompt: str) -> float:
+    return float(len(prompt))
+
+
 async def decorated_functions_keep_their_signature() -> None:
     assert_type(await ask("x", loud=True), str)
     assert_type(plain("x"), int)
     assert_type(ask.get_performance_stats(), dict[str, Any])
     assert_type(ask.invalidate("x"), int)
-    assert_type(ask("x"), Coroutine[Any, Any, str])
+    assert_type(await wrapped("x"), float)
     async for word in words("x"):
         assert_type(word, str)
 
