@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from llmmw import events as ev
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
 _BUCKETS_PER_OCTAVE = 32
 """Latencies are counted in buckets 2.2 % wide, so memory stays constant and a percentile is within about 1 %."""
 
+_log2 = math.log2
+_SHORTEST_S = 1e-9
+_FIRST_BUCKET = round(_log2(_SHORTEST_S) * _BUCKETS_PER_OCTAVE)
+
 
 class LatencyHistogram:
     """Counts durations in logarithmic buckets; percentiles without keeping the values."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
+        self._counts: defaultdict[int, int] = defaultdict(int)
         self._total = 0
 
     def add(self, duration_s: float) -> None:
         """Count one duration (negative ones as zero)."""
-        bucket = round(math.log2(max(duration_s, 1e-9)) * _BUCKETS_PER_OCTAVE)
-        self._counts[bucket] = self._counts.get(bucket, 0) + 1
+        bucket = round(_log2(duration_s) * _BUCKETS_PER_OCTAVE) if duration_s > _SHORTEST_S else _FIRST_BUCKET
+        self._counts[bucket] += 1
         self._total += 1
 
     def percentile(self, share: float) -> float:
@@ -50,6 +55,7 @@ _ENDINGS = {
     "failed": "errors",
     "cancelled": "cancelled",
 }
+_ENDINGS_BY_AGENT = frozenset({"hit", "coalesced", "failed"})
 
 _COUNTERS = (
     "request_count", "cache_hits", "cache_misses", "coalesced", "answered_upstream", "errors", "cancelled",
@@ -60,6 +66,10 @@ _SECONDS = ("rate_limit_wait_s", "time_saved_s")
 _AGENT = ("request_count", "cache_hits", "coalesced", "upstream_requests", "errors", "tokens_in", "tokens_out")
 
 
+def _counters() -> defaultdict[str, int]:
+    return defaultdict(int)
+
+
 class Stats:
     """An event sink that keeps the figures of one engine."""
 
@@ -68,7 +78,7 @@ class Stats:
         self._n: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self._s: dict[str, float] = dict.fromkeys(_SECONDS, 0.0)
         self._latency = LatencyHistogram()
-        self._layers: dict[str, dict[str, int | float]] = {}
+        self._layers: defaultdict[str, defaultdict[str, int]] = defaultdict(_counters)
         self._agents: dict[str, dict[str, int]] = {}
         self._errors: dict[str, int] = {}
         self._warnings: dict[str, str] = {}
@@ -128,58 +138,62 @@ class Stats:
             "by_agent": agents,
         }
 
-    def _add(self, name: str, amount: int = 1) -> None:
-        self._n[name] += amount
+    def _add(self, name: str) -> None:
+        self._n[name] += 1
 
-    def _layer(self, layer: str, name: str, amount: float = 1) -> None:
-        counts = self._layers.setdefault(layer, {})
-        counts[name] = counts.get(name, 0) + amount
+    def _layer(self, layer: str, name: str) -> None:
+        self._layers[layer][name] += 1
 
-    def _agent(self, agent: str | None, name: str, amount: int = 1) -> None:
-        if agent is not None:
-            counts = self._agents.get(agent)
-            if counts is None:
-                counts = self._agents[agent] = dict.fromkeys(_AGENT, 0)
-            counts[name] += amount
+    def _agent(self, agent: str, name: str, amount: int = 1) -> None:
+        counts = self._agents.get(agent)
+        if counts is None:
+            counts = self._agents[agent] = dict.fromkeys(_AGENT, 0)
+        counts[name] += amount
+
+    # Most calls have no agent, and every call passes through the next five: they ask before they call `_agent`.
 
     def _call_started(self, event: ev.CallStarted) -> None:
-        self._n["request_count"] += 1
-        self._n["in_flight"] += 1
-        self._agent(event.agent, "request_count")
+        counts = self._n
+        counts["request_count"] += 1
+        counts["in_flight"] += 1
+        if event.agent is not None:
+            self._agent(event.agent, "request_count")
 
     def _call_ended(self, event: ev.CallEnded) -> None:
-        name = _ENDINGS[event.result]
-        self._n[name] += 1
-        self._n["in_flight"] -= 1
+        counts, result = self._n, event.result
+        counts[_ENDINGS[result]] += 1
+        counts["in_flight"] -= 1
         self._latency.add(event.duration_s)
-        if event.result == "coalesced":
-            self._n["tokens_saved"] += event.usage.total_tokens
-            self._agent(event.agent, "coalesced")
-        elif event.result == "failed":
+        if result == "coalesced":
+            counts["tokens_saved"] += event.usage.total_tokens
+        elif result == "failed":
             self._errors[event.error] = self._errors.get(event.error, 0) + 1
-            self._agent(event.agent, "errors")
-        elif event.result == "hit":
-            self._agent(event.agent, "cache_hits")
+        if event.agent is not None and result in _ENDINGS_BY_AGENT:
+            self._agent(event.agent, _ENDINGS[result])
 
     def _cache_hit(self, event: ev.CacheHit) -> None:
         self._n["tokens_saved"] += event.usage.total_tokens
         self._s["time_saved_s"] += event.saved_s
-        self._layer("cache", f"{event.tier} hits")
+        counts = self._layers["cache"]
+        counts[f"{event.tier} hits"] += 1
         if event.stale:
-            self._layer("cache", "stale hits")
+            counts["stale hits"] += 1
 
     def _upstream_started(self, event: ev.UpstreamStarted) -> None:
         self._n["upstream_requests"] += 1
-        self._agent(event.agent, "upstream_requests")
-        self._layer("endpoints", event.endpoint)
+        self._layers["endpoints"][event.endpoint] += 1
+        if event.agent is not None:
+            self._agent(event.agent, "upstream_requests")
 
     def _upstream_ended(self, event: ev.UpstreamEnded) -> None:
+        counts, usage = self._n, event.usage
         if not event.ok:
-            self._n["upstream_failures"] += 1
-        self._n["tokens_in"] += event.usage.input_tokens
-        self._n["tokens_out"] += event.usage.output_tokens
-        self._agent(event.agent, "tokens_in", event.usage.input_tokens)
-        self._agent(event.agent, "tokens_out", event.usage.output_tokens)
+            counts["upstream_failures"] += 1
+        counts["tokens_in"] += usage.input_tokens
+        counts["tokens_out"] += usage.output_tokens
+        if event.agent is not None:
+            self._agent(event.agent, "tokens_in", usage.input_tokens)
+            self._agent(event.agent, "tokens_out", usage.output_tokens)
 
     def _retry(self, event: ev.RetryScheduled) -> None:
         self._n["retries"] += 1
