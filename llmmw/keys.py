@@ -242,7 +242,7 @@ def _first_difference(one: Any, other: Any) -> str:
             if name not in pairs[0] or name not in pairs[1] or not _same(name, pairs[0][name], pairs[1][name]):
                 inner = _first_difference(pairs[0].get(name), pairs[1].get(name))
                 return f"{name}{'' if not inner or inner.startswith('[') else '.'}{inner}"
-        return "(order of keys)"
+        return "(key order)"
     if isinstance(one, list) and isinstance(other, list):
         lists = cast("list[object]", one), cast("list[object]", other)
         for index, pair in enumerate(zip(*lists, strict=False)):

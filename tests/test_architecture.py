@@ -14,6 +14,7 @@ FLOORS = (
     {
         "algo",
         "assemble",
+        "canonical",
         "codec",
         "copies",
         "fault",

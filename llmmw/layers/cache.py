@@ -184,6 +184,9 @@ class BoundCache(Bound):
 
     def _hit(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
         """The answer from an entry, or None where it is too old or has not the form that is asked for."""
+        state = self._filler.state_of(resident)
+        if state == "expired":
+            return None
         entry = resident.entry
         reply = None if call.stream else resident.reply
         if reply is None:
@@ -192,10 +195,7 @@ class BoundCache(Bound):
                 return None
             if reply.data is entry.data:
                 resident.reply = reply  # frozen, so every hit can be given the same object
-        state = self._filler.state_of(resident)
         if state != "fresh":
-            if state == "expired":
-                return None
             self._filler.refresh(call, draw)
         is_stale = state == "stale"
         if is_stale:

@@ -242,14 +242,13 @@ class _Mailbox:
 
     def post(self, found: asyncio.Future[Entry | None], entry: Entry | None) -> None:
         """From the I/O thread."""
-        wakes = not self._posted
         self._posted.append((found, entry))
-        if wakes:
+        # Counted after the append: with more than one inside, whoever is waking or delivering takes ours too.
+        if len(self._posted) <= 1:
             with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
                 self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        # Every post after the last popleft finds the box empty and wakes the loop again.
         while self._posted:
             found, entry = self._posted.popleft()
             if not found.done():
