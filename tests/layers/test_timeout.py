@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmmw.algo.service import MAX_AGE_S, MIN_SAMPLES, ServiceTimes
+from llmmw.algo.service import MAX_AGE_S, MIN_SAMPLES
 from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
 from llmmw.errors import ConfigError, DeadlineExceeded, UpstreamTimeout
@@ -174,24 +174,3 @@ async def test_silence_between_chunks_is_limited_while_somebody_reads(clock):
     assert len(await read(reply, lambda: clock.advance(50))) == 3
     assert reply.chunks.usage.total_tokens == 0
     await reply.chunks.aclose()
-
-
-def test_service_times_need_samples_and_forget():
-    times = ServiceTimes()
-    kind = ("chat", "m")
-    for n in range(MIN_SAMPLES):
-        assert not times.lacks(kind, 0, 0.5)
-        times.add(kind, 0, 1 + n)
-    assert times.lacks(kind, 0, 1.9)
-    assert not times.lacks(kind, 0, 2)
-    assert not times.lacks(("embed", "m"), 0, 0.5)
-    assert not times.lacks(kind, MAX_AGE_S + 1, 0.5)
-
-
-def test_service_times_stay_bounded():
-    times = ServiceTimes()
-    for n in range(10_000):
-        times.add(("chat", str(n)), 0, 1)
-        times.add(("chat", "9999999"), 0, 1)
-    assert len(times._by_kind) <= 257
-    assert max(len(found) for found in times._by_kind.values()) <= 64
