@@ -1,0 +1,361 @@
+"""Unmodified SDKs over every edge behave as they do without llmmw: types, streams, errors, cancellation.
+
+Each scenario is written once; `kind` runs it for each SDK (openai, anthropic), mode (async, sync) and edge (the
+httpx transport, the httpx2 transport, wrap_client). `test_sdk_openai2.py` repeats the openai ones on openai 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from pydantic import BaseModel
+
+from llmmw import Coalescer, Retry, Stack, TTLCache
+from llmmw.testing.server import FaultRule
+
+CACHED = Stack(TTLCache(300), Coalescer())
+RETRYING = Stack(Retry(attempts=3, backoff=0.001))
+
+
+def only(*tags):
+    """The scenario makes sense for these drivers alone (an SDK, a mode, an edge, "transport")."""
+
+    def mark(function):
+        function.only = tags
+        return function
+
+    return mark
+
+
+async def test_answers_have_the_sdks_own_type(connect):
+    driver = connect()
+    answer = await driver.ask()
+    assert type(answer).__name__ == {"openai": "ChatCompletion", "anthropic": "Message"}[driver.sdk]
+    assert driver.text(answer)
+    assert answer.usage.model_dump()
+    assert driver.stats["request_count"] == driver.stats["upstream_requests"] == 1
+
+
+async def test_a_stream_yields_the_sdks_chunks_and_the_whole_text(connect, server):
+    driver = connect()
+    fixed = {"extra_body": {"temperature": 0}}
+    chunks = await driver.stream(**fixed)
+    expected = {"openai": "ChatCompletionChunk", "anthropic": "RawMessageStartEvent"}[driver.sdk]
+    assert type(chunks[0]).__name__ == expected
+    assert driver.streamed_text(chunks) == driver.text(await driver.ask(**fixed))
+    assert driver.stats["answered_upstream"] == 2
+    assert server.stats(0)["completed"] == 2
+
+
+async def test_tools_come_back_as_tool_calls(connect):
+    driver = connect(CACHED)
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    if driver.sdk == "openai":
+        tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    else:
+        tool = {"name": "weather", "input_schema": schema}
+    for _ in range(2):
+        answer = await driver.ask("[tool] Paris?", tools=[tool])
+        if driver.sdk == "openai":
+            call = answer.choices[0].message.tool_calls[0]
+            assert (call.type, call.function.name) == ("function", "weather")
+        else:
+            assert (answer.content[0].type, answer.content[0].name) == ("tool_use", "weather")
+    assert driver.stats["cache_hits"] == 1
+
+
+async def test_an_earlier_answer_goes_back_into_the_conversation(connect):
+    driver = connect(CACHED)
+    first = await driver.ask()
+    message = first.choices[0].message if driver.sdk == "openai" else {"role": "assistant", "content": first.content}
+    messages = [{"role": "user", "content": "hello"}, message, {"role": "user", "content": "and then?"}]
+    second, third = [await driver.run(driver.resource.create, **driver.arguments() | {"messages": messages})
+                     for _ in range(2)]  # fmt: skip
+    assert second == third
+    assert driver.stats["upstream_requests"] == 2
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+@only("openai")  # the embedded server answers Anthropic's output_config with text
+async def test_structured_outputs_parse(connect):
+    driver = connect(CACHED)
+    for _ in range(2):
+        parsed = await driver.run(driver.resource.parse, **driver.arguments(response_format=City))
+        assert isinstance(parsed.choices[0].message.parsed, City)
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": City.model_json_schema()}}
+    answer = await driver.ask(response_format=form)
+    City.model_validate_json(driver.text(answer))
+
+
+ERRORS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "InternalServerError",
+}
+
+
+@pytest.mark.parametrize("status", ERRORS)
+async def test_refusals_become_the_sdks_exceptions_with_body_and_request_id(connect, server, status):
+    driver = connect()
+    headers = {"x-request-id": "req-1", "request-id": "req-1"}
+    server.add_fault(FaultRule(kind="status", status=status, headers=headers))
+    with pytest.raises(getattr(driver.errors, ERRORS[status])) as caught:
+        await driver.ask()
+    error = caught.value
+    assert error.status_code == status
+    assert "injected" in str(error)
+    assert "injected_fault" in str(error.body)
+    assert error.request_id == "req-1"
+    assert server.stats(0)["received"] == 1
+
+
+async def test_a_refusal_of_a_stream_is_the_same_exception(connect, server):
+    driver = connect()
+    server.add_fault(FaultRule(kind="status", status=404))
+    with pytest.raises(driver.errors.NotFoundError, match="injected"):
+        await driver.stream()
+
+
+@pytest.mark.parametrize("damage", ["html", "garbage", "error_200", "empty"])
+async def test_route_08_a_success_that_is_no_answer_is_an_error(connect, server, damage):
+    driver = connect(RETRYING)
+    server.add_fault(FaultRule(kind=damage))
+    if driver.sdk == "anthropic" and damage == "empty":
+        assert (await driver.ask()).content == []  # which is an answer there
+        return
+    with pytest.raises(driver.errors.InternalServerError) as caught:
+        await driver.ask()
+    assert caught.value.status_code == 502
+    assert "protocol_error" in str(caught.value.body)
+    assert server.stats(0)["received"] == 3
+
+
+async def test_route_04_the_sdk_does_not_multiply_our_attempts(connect, server):
+    driver = connect(RETRYING, max_retries=2)
+    driver.without_sleeps()
+    server.add_fault(FaultRule(kind="status", status=500))
+    with pytest.raises(driver.errors.InternalServerError):
+        await driver.ask()
+    assert server.stats(0)["received"] == 3
+    assert driver.stats["retries"] == 2
+
+
+async def test_without_a_retry_layer_the_sdk_retries_as_it_always_did(connect, server):
+    driver = connect(max_retries=2)
+    driver.without_sleeps()
+    server.add_fault(FaultRule(kind="status", status=500))
+    with pytest.raises(driver.errors.InternalServerError):
+        await driver.ask()
+    assert server.stats(0)["received"] == 3
+
+
+async def test_route_03_a_time_out_is_the_sdks_and_nobody_repeats_it(connect, server):
+    driver = connect(RETRYING, timeout=0.15, max_retries=2)
+    driver.without_sleeps()
+    server.add_fault(FaultRule(kind="hang"))
+    with pytest.raises(driver.errors.APITimeoutError):
+        await driver.ask()
+    assert driver.stats["request_count"] == 1
+    assert server.stats(0)["received"] == 1
+
+
+async def test_order_doubled_retries_are_noticed_once(connect, server):
+    driver = connect(RETRYING, timeout=0.05, max_retries=2)
+    driver.without_sleeps()
+    server.add_fault(FaultRule(kind="hang"))
+    with pytest.raises(driver.errors.APITimeoutError):
+        await driver.ask()
+    warnings = driver.stats["warnings"]
+    if driver.edge == "wrap":
+        assert warnings == {}
+        assert driver.client.max_retries == 0
+    else:
+        assert "max_retries=0" in warnings["doubled-retries"]
+
+
+async def test_a_refused_connection_is_the_sdks_connection_error(connect):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        driver = connect(RETRYING, base_url=url, max_retries=1)
+        driver.without_sleeps()
+        with pytest.raises(driver.errors.APIConnectionError) as caught:
+            await driver.ask()
+    assert not isinstance(caught.value, driver.errors.APITimeoutError)
+    assert driver.stats["request_count"] == 1
+
+
+async def test_raw_responses_carry_headers(connect):
+    driver = connect(CACHED)
+    create = driver.resource.with_raw_response.create
+    first = await driver.run(create, **driver.arguments())
+    second = await driver.run(create, **driver.arguments())
+    assert "json" in first.headers["content-type"]
+    assert int(first.headers["content-length"]) == len(first.http_response.content)
+    if driver.edge != "wrap":  # raw responses of a wrapped client are the SDK's own
+        assert [raw.headers["x-llmmw-source"] for raw in (first, second)] == ["upstream", "cache"]
+        assert [raw.headers["x-llmmw-attempts"] for raw in (first, second)] == ["1", "0"]
+        assert first.http_response.content == second.http_response.content
+
+
+async def test_streaming_responses_can_be_read_as_lines(connect):
+    driver = connect()
+    arguments = driver.arguments(stream=True)
+    lines = []
+    if driver.is_async:
+        async with driver.resource.with_streaming_response.create(**arguments) as response:
+            lines = [line async for line in response.iter_lines()]
+    else:
+
+        def read():
+            with driver.resource.with_streaming_response.create(**arguments) as response:
+                lines.extend(response.iter_lines())
+
+        await driver.run(read)
+    assert sum(line.startswith("data:") for line in lines) > 3
+
+
+@only("async")  # a thread cannot be cancelled
+async def test_cancelling_the_caller_aborts_the_upstream_request(connect, server):
+    driver = connect()
+    server.add_fault(FaultRule(kind="hang"))
+    task = asyncio.create_task(driver.ask())
+    await asyncio.to_thread(server.wait, at_least={"in_flight": 1})
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(server.wait, at_least={"aborted": 1}, at_most={"in_flight": 0})
+    assert driver.stats["cancelled"] == 1
+    assert driver.stats["in_flight"] == 0
+
+
+async def test_leaving_a_stream_early_aborts_the_upstream_request(connect, server):
+    driver = connect()
+    server.add_fault(FaultRule(kind="slow", seconds=0.05))
+    arguments = driver.arguments(stream=True)
+    if driver.is_async:
+        stream = await driver.resource.create(**arguments)
+        async for _ in stream:
+            break
+        await stream.close()
+    else:
+
+        def read():
+            with driver.resource.create(**arguments) as stream:
+                next(iter(stream))
+
+        await driver.run(read)
+    await asyncio.to_thread(server.wait, at_most={"in_flight": 0})
+    assert driver.stats["cancelled"] == 1
+
+
+async def test_a_hundred_at_once_and_a_thousand_after_ask_once(connect, server):
+    driver = connect(CACHED)
+    answers = await asyncio.gather(*(driver.ask() for _ in range(100)))
+    assert len({driver.text(answer) for answer in answers}) == 1
+    assert server.stats(0)["received"] == 1
+    # The SDK itself takes a millisecond per call over a transport; wrap_client skips that.
+    after = 1000 if driver.edge == "wrap" else 100
+    for _ in range(after):
+        await driver.ask()
+    stats = driver.stats
+    assert server.stats(0)["received"] == 1
+    assert stats["request_count"] == 100 + after
+    assert stats["cache_hits"] + stats["coalesced"] + stats["answered_upstream"] == 100 + after
+
+
+async def test_cache_15_changing_an_answer_changes_no_other(connect):
+    driver = connect(CACHED)
+    first = await driver.ask()
+    kept = first.model_copy(deep=True)
+    if driver.sdk == "openai":
+        first.choices[0].message.content = "changed"
+    else:
+        first.content[0].text = "changed"
+    second = await driver.ask()
+    assert second.model_dump() == kept.model_dump()
+    second.usage = None
+    assert (await driver.ask()).usage is not None
+
+
+async def test_streams_are_recorded_and_replayed(connect, server):
+    driver = connect(CACHED)
+    first, second = await driver.stream(), await driver.stream()
+    assert [chunk.model_dump() for chunk in first] == [chunk.model_dump() for chunk in second]
+    assert server.stats(0)["received"] == 1
+    assert driver.stats["cache_hits"] == 1
+
+
+async def test_cache_08_another_key_or_version_does_not_share(connect, server):
+    driver = connect(CACHED)
+    await driver.ask()
+    await driver.ask(extra_headers={"anthropic-beta": "b", "openai-beta": "b"})
+    assert server.stats(0)["received"] == 2
+    await driver.ask(extra_headers={"x-whatever": "1"})
+    await driver.ask(timeout=7)
+    assert server.stats(0)["received"] == 2
+    other = driver.client.with_options(api_key="another")
+    resource = other.chat.completions if driver.sdk == "openai" else other.messages
+    await driver.run(resource.create, **driver.arguments())
+    assert server.stats(0)["received"] == 3
+    await driver.run(resource.create, **driver.arguments())
+    assert server.stats(0)["received"] == 3
+
+
+async def test_cache_02_extra_body_counts(connect, server):
+    driver = connect(CACHED)
+    for choice in ("yes", "no", "yes"):
+        await driver.ask(extra_body={"guided_choice": [choice]})
+    assert server.stats(0)["received"] == 2
+
+
+async def test_route_09_an_error_inside_a_stream_is_the_sdks(connect, server):
+    driver = connect()
+    server.add_fault(FaultRule(kind="sse_error", after=3))
+    with pytest.raises(driver.errors.APIError) as caught:
+        await driver.stream()
+    assert "Engine died" in f"{caught.value} {getattr(caught.value, 'body', '')}"
+
+
+async def test_cache_13_a_truncated_stream_is_an_error_and_not_stored(connect, server):
+    driver = connect(CACHED)
+    server.add_fault(FaultRule(kind="no_finish"))
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"(?i)ended early|connection"):
+            await driver.stream()
+    assert server.stats(0)["received"] == 2
+
+
+@only("openai", "transport")  # the embedded server lists models in OpenAI's shape
+async def test_other_paths_go_straight_through(connect):
+    driver = connect(CACHED)
+    for _ in range(2):
+        page = await driver.run(driver.client.models.list)
+        assert page.data[0].id == "llmmw-embedded"
+    assert driver.stats["upstream_requests"] == 2
+    assert driver.stats["cache_hits"] == driver.stats["cache_misses"] == 0
+
+
+async def test_security_secrets_are_not_shown(connect, server):
+    driver = connect(api_key="sk-very-secret-key")
+    await driver.ask()
+    shown = f"{driver.engine!r} {driver.stats!r}"
+    assert "very-secret" not in shown
+
+
+async def test_closing_the_client_closes_the_engine(connect):
+    driver = connect()
+    await driver.ask()
+    await driver.run(driver.client.close)
+    assert driver.engine.closed
