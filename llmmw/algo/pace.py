@@ -11,29 +11,24 @@ A / D is a rate that the server surely sustains, A / T one that it refused. Two 
 
 from __future__ import annotations
 
-from collections import deque
 from math import inf, sqrt
+
+from llmmw.algo.throttle import SURE, Throttle
 
 _PROBE_S = 0.5
 _PROBE_SHARE = 0.2
 """Without Retry-After the next try comes after half a second or a fifth of the time waited so far: finding the end
 of a window costs at most a fifth of it, and a number of calls that grows only with its logarithm."""
-_RAMP_START = 8
-_RAMP_PERIOD_S = 0.25
-"""An unknown server gets 8 calls in the first 250 ms, and twice as many after each such period that was full and
-clean: refusals come within milliseconds, so few calls are wasted, and hundreds are out after a second even where
-answers take minutes."""
-_RAMP_END = 1024
-_RAISE = 1.05
-_RAISE_AFTER_PERIODS = 8
-_RAISE_AFTER_S = 10.0
-_CUT = 0.85
-_SAFETY = 0.97
+_SAFETY = 0.95
 """Share of a fitted rate that is used: the fit is exact only for exact timings."""
-_CATCH_UP_S = 0.01
-"""Timers are late by about a millisecond; calls due in the last 10 ms go out together."""
-_MAX_GRANTS = 4096
+_BURST_SHARE = 0.8
+"""Part of a fitted bucket that may leave at once after a pause in which it filled again."""
+_SAME = 0.8
+_MAX_POINTS = 128
+_HALVINGS = 24
 _NEVER = -inf
+
+_Shape = list[tuple[float, float]]
 
 
 class _Episode:
@@ -59,30 +54,28 @@ class Pace:
     """
 
     __slots__ = (
-        "_cap", "_doubling", "_episode", "_finished", "_full", "_grants", "_known", "_latency", "_next", "_period",
-        "_probe_until", "_raised", "_rate", "_stalled", "until",
+        "_cycle", "_episode", "_finished", "_first", "_last_admitted", "_latency", "_probe_until", "_probes",
+        "_stalled", "_throttle", "until",
     )  # fmt: skip
 
     def __init__(self, *, ramp: bool) -> None:
         self.until = _NEVER
         """End of the pause; in the past when there is none."""
+        self._throttle = Throttle(ramp=ramp)
         self._episode: _Episode | None = None
         self._finished: _Episode | None = None
-        self._known: tuple[int, float] | None = None
-        self._grants: deque[float] = deque(maxlen=_MAX_GRANTS)
+        self._first: _Shape | None = None
+        """Shape of the first episode, which began with a full bucket."""
+        self._cycle, self._last_admitted = 0.0, 0
         self._latency = 0.02
         self._stalled = 0.0
+        self._probes = 0
         self._probe_until = _NEVER
-        self._rate, self._next, self._doubling, self._raised = 0.0, 0.0, 0.0, 0.0
-        self._cap = float(_RAMP_START) if ramp else 0.0
-        self._period, self._full = _RAMP_PERIOD_S, 0
 
     @property
     def learnt(self) -> float | None:
         """Calls per second that are let through at most, once something was learnt."""
-        if self._rate:
-            return self._rate
-        return self._cap / self._period if self._cap and self._known else None
+        return self._throttle.per_s
 
     def opens_at(self, now: float) -> float:
         """When the next call may go out; a time that has passed when it may now."""
@@ -92,12 +85,9 @@ class Pace:
             if now < self._probe_until:
                 return self._probe_until
             self._confirm(now)
-        if self._rate:
-            return self._next
-        if self._cap:
-            cap = int(self._cap)
-            return self._grants[-cap] + self._period if len(self._grants) >= cap else now
-        return now
+        if self._episode is not None and self._episode.refused:
+            return now
+        return self._throttle.opens_at(now)
 
     def granted(self, now: float) -> None:
         """A call goes out."""
@@ -108,19 +98,15 @@ class Pace:
                 self._probe_until = now + 2 * self._latency
             episode = self._episode = _Episode(now)
         episode.granted += 1
-        if self._cap:
-            self._count_period(now)
-        elif self._rate:
-            self._advance(now)
-        self._grants.append(now)
+        self._throttle.granted(now)
 
     def unsent(self) -> None:
-        """The latest grant was given back."""
+        """A grant was given back."""
         if self._episode is not None and self._episode.granted > self._episode.refused:
             self._episode.granted -= 1
 
     def refused(self, started: float, now: float, wait_s: float | None) -> bool:
-        """A call granted at `started` was refused for its rate; whether that began a pause (and not only confirmed it).
+        """A call was refused for its rate; whether that began a pause (and did not only confirm it).
 
         Args:
             started: when it was granted.
@@ -137,8 +123,10 @@ class Pace:
         episode.refused += 1
         episode.refused_start = min(episode.refused_start, started)
         if first:
-            if self._probe_until == _NEVER or not self._stalled:
-                self._stalled = now
+            if self._probe_until == _NEVER:
+                self._stalled, self._probes = now, 0
+            else:
+                self._probes += wait_s is None
             self._probe_until = _NEVER
             if wait_s is None:
                 self.until = max(self.until, self._guess(episode, now))
@@ -149,76 +137,76 @@ class Pace:
         self.until = max(self.until, until)
 
     def _guess(self, episode: _Episode, now: float) -> float:
-        """When to try again where the server does not say: as long after the start as it took last time, else soon."""
-        if episode.granted > 1 and self._known is not None and self._cap and self._period:
-            due = episode.began + self._period
+        """When to try again where the server does not say: when it should work by what is known, else soon."""
+        if self._throttle.settled and not self._probes:
+            return self._throttle.again_at(now)
+        if self._first is not None and self._is_like_the_last(episode):
+            due = episode.began + self._cycle
             if due > now:
                 return due
         return now + max(_PROBE_S, _PROBE_SHARE * (now - self._stalled))
 
+    def _is_like_the_last(self, episode: _Episode) -> bool:
+        """Whether it admitted as much as the one before it, although it took another time: the mark of a window."""
+        return episode.granted > 1 and episode.admitted >= _SAME * self._last_admitted
+
     def _confirm(self, now: float) -> None:
         """The first call after a pause was not refused: learn from the episode before the pause."""
         self._probe_until = _NEVER
-        self._stalled = 0.0
         finished, self._finished = self._finished, None
         episode = self._episode
         if finished is None or episode is None:
-            self._rate, self._cap, self._period, self._full = 0.0, 2.0, _RAMP_PERIOD_S, 0
+            self._throttle.ramp(now)
             return
-        self._next = self._raised = now
         lasted = episode.began - finished.began
-        steady = finished.admitted / lasted
-        ended = min(finished.refused_start, episode.began)
-        times = [at for at in self._grants if finished.began <= at < ended]
-        until_refusal = max(ended - finished.began, 0.0)
-        fitted = self._fit(times, ended)
-        if fitted is None:
-            shortest = max(until_refusal, self._latency)
-            self._rate, self._doubling = sqrt(steady * max(steady, finished.admitted / shortest)), finished.admitted
-            self._cap = 0.0
-        elif fitted < steady / 2:
-            self._rate, self._cap, self._period, self._full = 0.0, float(finished.admitted), lasted, 0
+        if self._throttle.settled:
+            self._throttle.overshot(now, 1.5 * finished.admitted / lasted if self._probes else inf)
         else:
-            ceiling = self._rate * _CUT if self._rate and not self._doubling else inf
-            self._rate, self._doubling, self._cap = max(steady, min(fitted * _SAFETY, ceiling)), 0.0, 0.0
-        self._known = (max(1, len(times)), until_refusal)
+            self._learn(finished, lasted, now)
+        self._cycle, self._last_admitted = lasted, finished.admitted
 
-    def _fit(self, times: list[float], ended: float) -> float | None:
-        """Rate of the bucket that admitted these calls and the episode before them; None after a single episode.
-
-        For every s in the episode A(s, T) <= B + r (T - s), with equality for one s; B follows from the other one.
-        """
-        if self._known is None:
-            return None
-        burst_admitted, burst_time = self._known
-        rate = 0.0
-        for _ in range(8):
-            size = burst_admitted - rate * burst_time
-            rate = max(
-                ((len(times) - index - size) / (ended - at) for index, at in enumerate(times) if ended > at),
-                default=0.0,
-            )
-            rate = max(rate, 0.0)
-        return rate
-
-    def _count_period(self, now: float) -> None:
-        """After enough periods that were full and clean the window admits more: twice while ramping, else a little."""
-        cap = int(self._cap)
-        if len(self._grants) < cap or self._grants[-cap] + 1.5 * self._period < now:
-            self._full = 0
+    def _learn(self, finished: _Episode, lasted: float, now: float) -> None:
+        admitted, steady = finished.admitted, finished.admitted / lasted
+        ended = min(finished.refused_start, finished.began + lasted)
+        shape = self._shape(finished, ended)
+        refused = admitted / max(ended - finished.began, self._latency)
+        if self._first is None:
+            self._first = shape
+            self._throttle.look_for(sqrt(steady * max(steady, refused)), admitted / 2, now)
             return
-        self._full += 1
-        needed = 1 if self._known is None else _RAISE_AFTER_PERIODS * cap
-        if self._full >= needed:
-            self._full = 0
-            self._cap *= 2 if self._known is None else _RAISE
-            if self._known is None and self._cap > _RAMP_END:
-                self._cap = 0.0
+        rate = _fit(self._first, shape, admitted / self._latency)
+        if rate >= steady / 2:
+            pause = finished.began + lasted - ended
+            slack = min(pause, _BURST_SHARE * _size(self._first, rate) / rate)
+            self._throttle.set_rate(max(steady, rate * _SAFETY), now, cycle=lasted, trust=SURE // 2, slack=slack)
+        elif self._is_like_the_last(finished):
+            self._throttle.set_window(admitted, lasted, now, trust=min(SURE, admitted - 1))
+        else:
+            goal = _SAFETY * (admitted + 1) / lasted
+            self._throttle.set_rate(steady, now, cycle=lasted, trust=SURE // 2, goal=goal)
 
-    def _advance(self, now: float) -> None:
-        self._next = max(self._next, now - _CATCH_UP_S) + 1 / self._rate
-        if self._doubling:
-            self._rate *= 2 ** (1 / self._doubling)
-        elif now - self._raised > _RAISE_AFTER_S:
-            self._raised = now
-            self._rate *= _RAISE
+    def _shape(self, episode: _Episode, ended: float) -> _Shape:
+        """(t, A): in the last t seconds before its first refusal the episode admitted A; at most 128 points."""
+        times = [at for at in self._throttle.grants if episode.began <= at < ended]
+        step = len(times) // _MAX_POINTS + 1
+        shape = [(ended - at, float(episode.admitted - index)) for index, at in enumerate(times) if index % step == 0]
+        return [*shape, (0.0, float(episode.admitted - len(times)))]
+
+
+def _fit(first: _Shape, second: _Shape, most: float) -> float:
+    """The rate of one bucket that fits two episodes; 0 where none does.
+
+    A bucket of size B and rate r admits at most B + r t in the last t seconds before a refusal, with equality for
+    the t since it was last full. So each episode gives B as a falling function of r, and r is where the two meet.
+    """
+    if _size(second, 0.0) <= _size(first, 0.0):
+        return 0.0  # it did not admit more although it had more time
+    low, high = 0.0, most
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _size(second, middle) > _size(first, middle) else (low, middle)
+    return low
+
+
+def _size(shape: _Shape, rate: float) -> float:
+    return max(admitted - rate * time for time, admitted in shape)
