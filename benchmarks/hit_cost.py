@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from client_cpu import FILLER, MODEL, body, messages
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
 NOWHERE = "http://127.0.0.1:9/v1"
 ANSWER = "word " * 40
+TOGETHER = 64
 WARM_UP = 50
 """Calls before the clock starts, numbered from 0."""
 MEMORY_FLOOR = "dict + json + sha256"
 DISK_FLOOR = "diskcache + json + sha256"
+THREAD_FLOOR = "the same in asyncio.to_thread"
 BARE = "bare function"
 SDK_FLOOR = "openai SDK, answered in process"
 
@@ -45,6 +48,8 @@ class Case:
     budget_us: float | None = None
     less_floor: bool = False
     """The figure is what comes on top of the floor."""
+    at_once: int = 1
+    """Calls made concurrently, each in a task of its own."""
 
 
 def prompt(number: int) -> str:
@@ -130,7 +135,7 @@ async def client_in_memory(_: int) -> AsyncGenerator[Ask]:
 
 
 @asynccontextmanager
-async def disk_floor(calls: int) -> AsyncGenerator[Ask]:
+async def disk_floor(calls: int, *, in_thread: bool = False) -> AsyncGenerator[Ask]:
     import diskcache
     import msgspec
 
@@ -139,7 +144,8 @@ async def disk_floor(calls: int) -> AsyncGenerator[Ask]:
             stored.set(_key({"prompt": prompt(number)}), msgspec.json.encode(ANSWER))
 
         async def ask(number: int) -> object:
-            return msgspec.json.decode(stored.get(_key({"prompt": prompt(number)})))
+            key = _key({"prompt": prompt(number)})
+            return msgspec.json.decode(await asyncio.to_thread(stored.get, key) if in_thread else stored.get(key))
 
         yield ask
 
@@ -258,7 +264,9 @@ CASES = (
     Case("memory hit, sync function", sync_function, MEMORY_FLOOR, 12),
     Case("memory hit, Client.chat().text", client_in_memory, MEMORY_FLOOR, 12),
     Case(DISK_FLOOR, disk_floor),
-    Case("disk hit, async function", disk_hit, DISK_FLOOR, 40),
+    Case(THREAD_FLOOR, partial(disk_floor, in_thread=True)),
+    Case("disk hit, one at a time", disk_hit, THREAD_FLOOR, 40),
+    Case(f"disk hit, {TOGETHER} at once", disk_hit, THREAD_FLOOR, 40, at_once=TOGETHER),
     Case(BARE, bare_function),
     Case("uncached call, added by cache stack", uncached_recommended, BARE, 60, less_floor=True),
     Case("uncached call, added, no cache", uncached_no_cache, BARE, less_floor=True),
@@ -276,24 +284,23 @@ async def cost_of(case: Case, calls: int) -> tuple[float, list[float]]:
         Exception: whatever keeps the case from working here.
     """
     async with case.open(WARM_UP + 2 * calls) as ask:
-        waits = False
-        for number in range(WARM_UP):
-            found = ask(number)
-            waits = inspect.isawaitable(found)
-            if waits:
-                await found
-        gc.collect()
-        numbers = range(WARM_UP, WARM_UP + calls)
-        began = time.process_time_ns()
+        answers = [ask(number) for number in range(WARM_UP)]
+        waits = inspect.isawaitable(answers[0])
         if waits:
-            for number in numbers:
+            await asyncio.gather(*answers)
+        gc.collect()
+        began = time.process_time_ns()
+        if case.at_once > 1:
+            await _together(ask, range(WARM_UP, WARM_UP + calls), case.at_once)
+        elif waits:
+            for number in range(WARM_UP, WARM_UP + calls):
                 await ask(number)
         else:
-            for number in numbers:
+            for number in range(WARM_UP, WARM_UP + calls):
                 ask(number)
         cpu_us = (time.process_time_ns() - began) / calls / 1000
         walls: list[float] = []
-        for number in range(WARM_UP + calls, WARM_UP + 2 * calls):
+        for number in range(WARM_UP + calls, WARM_UP + 2 * calls) if case.at_once == 1 else ():
             start = time.perf_counter_ns()
             if waits:
                 await ask(number)
@@ -301,3 +308,8 @@ async def cost_of(case: Case, calls: int) -> tuple[float, list[float]]:
                 ask(number)
             walls.append((time.perf_counter_ns() - start) / 1000)
     return cpu_us, walls
+
+
+async def _together(ask: Ask, numbers: range, at_once: int) -> None:
+    for first in range(0, len(numbers), at_once):
+        await asyncio.gather(*map(ask, numbers[first : first + at_once]))

@@ -65,7 +65,7 @@ def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
         walls[case.name] += clocked
     for case in CASES:
         row = rows[case.name]
-        if row.measured:
+        if walls[case.name]:
             row.p50 = statistics.median(walls[case.name])
         bare = rows.get(case.floor)
         if case.less_floor and row.measured and bare is not None and bare.measured:
