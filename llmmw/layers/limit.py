@@ -44,8 +44,8 @@ class RateLimiter:
         reserve: output tokens reserved per call: what was learnt from earlier answers, up to the call's maximum
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
-        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; without rpm and concurrency,
-            also start an unknown server gently.
+        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; without rpm also start gently at
+            a server whose limits are unknown: 8 calls in the first 200 ms, then twice as many each 200 ms.
         headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
         age_bound: seconds after which a waiter is not passed by smaller ones any more, and gets an eighth of all
             grants whatever its priority.
@@ -98,7 +98,7 @@ class RateLimiter:
             rpm=self.rpm,
             tokens=tuple((name, units) for name, units in tokens if units is not None),
             slots=_slots(self.concurrency, adaptive=self.adaptive),
-            ramp=self.adaptive and self.rpm is None and self.concurrency is None,
+            ramp=self.adaptive and self.rpm is None and not isinstance(self.concurrency, str),
             window=positive_seconds("window", self.window),
             burst=self.burst,
             age_bound=positive_seconds("age_bound", self.age_bound),

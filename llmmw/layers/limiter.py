@@ -10,6 +10,8 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from llmmw import fault as faults
 from llmmw.algo import estimate
 from llmmw.algo.headers import feedback
@@ -45,6 +47,8 @@ class BoundLimiter(Bound):
         super().__init__(inner, env)
         self._layer = layer
         self._limits = layer.limits()
+        if "idempotent" in env.capabilities:  # a local server: it queues, and refuses nobody for his rate
+            self._limits = msgspec.structs.replace(self._limits, ramp=False)
         self._gates: dict[object, Gate] = {}
         self._ignored = 0
         self._estimated = 0
