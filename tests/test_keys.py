@@ -376,7 +376,7 @@ def test_a_new_run_starts_from_the_first_sample():
         (
             chat_call(guided_json={"a": 1, "b": 2}),
             chat_call(guided_json={"b": 2, "a": 1}),
-            "guided_json.(order of keys)",
+            "guided_json.(key order)",
         ),
         (chat_call(x={"a": [{"b": 1}]}), chat_call(x={"a": [{"b": 2}]}), "x.a[0].b"),
         (function_call(x=1), function_call(x=2), "x"),

@@ -5,6 +5,7 @@ Reading trusts nothing: a typed decoder that builds this one class, or the row i
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING
 
@@ -116,9 +117,11 @@ def decode_entry(raw: bytes) -> Entry:
     start = _PREFIX.size + length
     try:
         header = _decode_header(memoryview(raw)[_PREFIX.size : start])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise BadEntry(str(error)) from None
     entry = Entry(header, raw[start:])
+    if not (math.isfinite(header.created) and math.isfinite(header.ttl_s) and 0 <= header.cost_s < math.inf):
+        raise BadEntry("times that are none")
     if header.cuts is not None and (min(header.cuts, default=0) < 0 or sum(header.cuts) != len(entry.data)):
         raise BadEntry("chunks that do not add up")
     return entry
