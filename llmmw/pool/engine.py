@@ -109,3 +109,16 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Close every connection."""
         ...
+
+
+def as_utf8(value: str) -> str:
+    """A header value for a library that writes UTF-8: ours are Latin-1, one character per byte.
+
+    Bytes that are UTF-8 go out as they were; others (rare) go out as the UTF-8 of their characters.
+    """
+    if value.isascii():
+        return value
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return value

@@ -14,10 +14,11 @@ from weakref import WeakSet
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http_exceptions import LineTooLong
+from multidict import CIMultiDict
 from yarl import URL
 
 from llmmw.errors import ConnectionFailed, ProtocolError, ResponseTooLarge
-from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
+from llmmw.pool.engine import MAX_HEADER_BYTES, Lost, as_utf8
 from llmmw.pool.sockets import abandon
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
     from llmmw.pool.engine import EngineOptions, Exchange
     from llmmw.pool.guard import Guard
-    from llmmw.wire import HTTPRequest
+    from llmmw.wire import Headers, HTTPRequest
 
 _BIG_BODY = 1024 * 1024
 """aiohttp warns about bytes above 1 MiB; a BytesIO is sent in pieces."""
+_REMEMBERED = 256
+"""URLs and sets of headers that are kept in aiohttp's form; a transport edge may see many."""
 _exchange: ContextVar[Exchange | None] = ContextVar("llmmw_exchange", default=None)
 
 
@@ -112,6 +115,7 @@ class AiohttpEngine:
             max_field_size=MAX_HEADER_BYTES,
         )
         self._urls: dict[str, URL] = {}
+        self._heads: dict[int, tuple[Headers, CIMultiDict[str]]] = {}
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
 
@@ -123,7 +127,7 @@ class AiohttpEngine:
             response = await self._session.request(
                 request.method,
                 self._url(request.url),
-                headers=request.headers,
+                headers=self._header_map(request.headers),
                 data=_payload(body),
                 allow_redirects=False,
                 timeout=_timeout(exchange.connect_s),
@@ -138,10 +142,19 @@ class AiohttpEngine:
         # Parsing costs as much as a tenth of the whole call, and an endpoint has a handful of URLs.
         url = self._urls.get(text)
         if url is None:
-            if len(self._urls) > 256:  # noqa: PLR2004 — a transport edge may see many URLs
+            if len(self._urls) >= _REMEMBERED:
                 self._urls.clear()
             url = self._urls[text] = URL(text, encoded=True)
         return url
+
+    def _header_map(self, headers: Headers) -> CIMultiDict[str]:
+        known = self._heads.get(id(headers))
+        if known is None or known[0] is not headers:
+            if len(self._heads) >= _REMEMBERED:
+                self._heads.clear()
+            found = CIMultiDict((name, as_utf8(value)) for name, value in headers)
+            known = self._heads[id(headers)] = (headers, found)
+        return known[1]
 
     def held(self) -> int | None:
         """Connections that a request holds."""
@@ -209,9 +222,10 @@ def _mapped(error: aiohttp.ClientError) -> Exception:
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientConnectorCertificateError):
         return ConnectionFailed(f"no connection: {error}")
     if isinstance(error, aiohttp.ClientResponseError):
-        if isinstance(error.__cause__, LineTooLong):
-            return ResponseTooLarge(f"the response's head is larger than {MAX_HEADER_BYTES} bytes")
-        return ProtocolError(f"the response is not HTTP: {error.message[:200]}")
+        cause = error.__cause__
+        if isinstance(cause, LineTooLong) or (cause is not None and isinstance(cause.__cause__, LineTooLong)):
+            return ResponseTooLarge(f"a header of the response is larger than {MAX_HEADER_BYTES} bytes")
+        return ProtocolError("the response is not HTTP")
     if isinstance(error, aiohttp.ServerDisconnectedError):
         # The message is the head of the response where one had come.
         return Lost("the server closed the connection", any_byte=not isinstance(error.message, str))

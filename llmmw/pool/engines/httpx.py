@@ -1,15 +1,18 @@
 """The httpx and httpx2 engines: their wire halves (httpcore, httpcore2), without the client's cost per call.
 
-httpcore's cost per call grows with the number of connections in a pool (encode/httpx#3215), so connections are
-spread over small pools, filled one after the other.
+httpcore's cost per call grows with the number of connections in a pool (encode/httpx#3215): 1.0 ms at 16, 0.3 ms
+at one. So every HTTP/1.1 connection has a httpcore pool of its own, and the one used last is used next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import os
+import ssl
 import urllib.request
+from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -20,14 +23,14 @@ from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
 from llmmw.pool.sockets import abandon
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Iterable, Sequence
 
     from llmmw.pool.engine import EngineOptions, Exchange
     from llmmw.pool.guard import Guard
     from llmmw.wire import HTTPRequest
 
-_PER_POOL = 16
+_STREAMS = 100
+"""Requests on one HTTP/2 connection."""
 _MAX_URLS = 256
 _exchange: ContextVar[Exchange | None] = ContextVar("llmmw_exchange", default=None)
 
@@ -128,9 +131,11 @@ class _Backend:
 class _Shard:
     """One httpcore pool and how many requests it carries."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, proxy: str | None) -> None:
         self.pool = pool
+        self.proxy = proxy
         self.active = 0
+        self.idle_since = 0.0
 
 
 class HttpcoreEngine:
@@ -146,9 +151,13 @@ class HttpcoreEngine:
         if options.http2:
             importlib.import_module("h2")
         self._options = options
-        self._ssl = _ssl_context(self._core, options.verify)
+        verify = options.verify
+        self._ssl = _ssl_context(self._core, verify) if isinstance(verify, bool) else verify
         self._backend = _Backend(self._core.AnyIOBackend(), options.guard)
-        self._shards: dict[str | None, list[_Shard]] = {}
+        self._capacity = _STREAMS if options.http2 else 1
+        self._shards: set[_Shard] = set()
+        self._free: dict[str | None, deque[_Shard]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._urls: dict[str, tuple[Any, bytes, str | None]] = {}
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -168,13 +177,12 @@ class HttpcoreEngine:
             content=request.body,
             extensions={"timeout": {"connect": exchange.connect_s}},
         )
-        shard = self._shard(proxy)
-        shard.active += 1
+        shard = self._take(proxy)
         token = _exchange.set(exchange)
         try:
             response = await shard.pool.handle_async_request(native)
         except BaseException as error:
-            shard.active -= 1
+            self.give(shard)
             found = self.mapped(error, exchange)
             if found is error:
                 raise
@@ -191,11 +199,25 @@ class HttpcoreEngine:
         found = self._urls[text] = (self._core.URL(text), parts.netloc.encode("ascii"), proxy)
         return found
 
-    def _shard(self, proxy: str | None) -> _Shard:
-        shards = self._shards.setdefault(proxy, [])
-        for shard in shards:
-            if shard.active < _PER_POOL:
-                return shard
+    def _take(self, proxy: str | None) -> _Shard:
+        free = self._free.setdefault(proxy, deque())
+        expired = self._loop.time() - self._options.keepalive_expiry
+        while free and not free[0].active and free[0].idle_since < expired:
+            self._close(free.popleft())
+        shard = free[-1] if free else self._open(proxy)
+        shard.active += 1
+        if shard.active >= self._capacity:
+            free.pop()
+        return shard
+
+    def give(self, shard: _Shard) -> None:
+        """A request is over."""
+        if shard.active == self._capacity and shard in self._shards:
+            self._free[shard.proxy].append(shard)
+        shard.active -= 1
+        shard.idle_since = self._loop.time()
+
+    def _open(self, proxy: str | None) -> _Shard:
         options = {
             "ssl_context": self._ssl,
             "max_connections": None,
@@ -205,8 +227,16 @@ class HttpcoreEngine:
         }
         core = self._core
         pool = core.AsyncConnectionPool(**options) if proxy is None else core.AsyncHTTPProxy(proxy, **options)
-        shards.append(_Shard(pool))
-        return shards[-1]
+        shard = _Shard(pool, proxy)
+        self._shards.add(shard)
+        self._free[proxy].append(shard)
+        return shard
+
+    def _close(self, shard: _Shard) -> None:
+        self._shards.discard(shard)
+        task = self._loop.create_task(shard.pool.aclose())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def mapped(self, error: BaseException, exchange: Exchange | None) -> BaseException:
         """Our error for httpcore's; without an exchange the head of the response has arrived."""
@@ -228,7 +258,7 @@ class HttpcoreEngine:
 
     def held(self) -> int | None:
         """Connections that are not idle; httpcore forgets to free some when requests are cancelled."""
-        pools = [shard.pool for shards in self._shards.values() for shard in shards]
+        pools = [shard.pool for shard in self._shards]
         return sum(not (c.is_idle() or c.is_closed()) for pool in pools for c in pool.connections)
 
     def drop(self) -> None:
@@ -237,16 +267,18 @@ class HttpcoreEngine:
         for stream in list(self._backend.streams):
             if orphaned:
                 stream.drop()
-            else:
-                self._loop.create_task(stream.aclose())
+        if not orphaned:
+            for shard in list(self._shards):
+                self._close(shard)
         self._shards.clear()
+        self._free.clear()
 
     async def aclose(self) -> None:
         """Close every pool."""
-        shards = [shard for group in self._shards.values() for shard in group]
-        self._shards.clear()
-        for shard in shards:
-            await shard.pool.aclose()
+        for shard in list(self._shards):
+            self._close(shard)
+        self._free.clear()
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
 
 class _Response:
@@ -275,9 +307,11 @@ class _Response:
     async def aclose(self) -> None:
         shard, self._shard = self._shard, None
         if shard is not None:
-            shard.active -= 1
-            await self._pieces.aclose()
-            await self._response.aclose()
+            try:
+                await self._pieces.aclose()
+                await self._response.aclose()
+            finally:
+                self._engine.give(shard)
 
     def abandon(self) -> None:
         task = asyncio.get_running_loop().create_task(self.aclose())
@@ -288,13 +322,13 @@ class _Response:
 _abandoned: set[asyncio.Task[None]] = set()
 
 
-def _ssl_context(core: Any, verify: bool | ssl.SSLContext) -> ssl.SSLContext:  # noqa: FBT001 — a setting's value
-    if not isinstance(verify, bool):
-        return verify
+@functools.cache
+def _ssl_context(core: Any, verify: bool) -> ssl.SSLContext:  # noqa: FBT001 — a setting's value
+    # Kept, because reading the trusted certificates costs 20 ms and more.
     context: ssl.SSLContext = core.default_ssl_context()
     if not verify:
         context.check_hostname = False
-        context.verify_mode = 0  # type: ignore[assignment]  # ssl.CERT_NONE, without importing ssl for its name
+        context.verify_mode = ssl.CERT_NONE
     return context
 
 

@@ -17,7 +17,7 @@ import pyreqwest.exceptions as failures
 from pyreqwest.client import Client, ClientBuilder
 
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError
-from llmmw.pool.engine import Lost
+from llmmw.pool.engine import Lost, as_utf8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +49,11 @@ class PyreqwestEngine:
         await self._judge(request.url)
         client = self._clients.get(exchange.connect_s) or self._build(exchange.connect_s)
         try:
-            builder = client.request(request.method, request.url).headers(request.headers)
+            builder = client.request(request.method, request.url).headers([(name, as_utf8(value)) for name, value in request.headers])
             if request.body:
                 builder = builder.body_bytes(request.body)
-            sending = builder.build_streamed()
+            # Otherwise the head waits until that much of the body has come, and a token with it.
+            sending = builder.streamed_read_buffer_limit(0).build_streamed()
             return _Response(sending, await sending.__aenter__())
         except failures.PyreqwestError as error:
             raise _mapped(error) from error
@@ -142,11 +143,14 @@ class _Response:
 
 def _mapped(error: failures.PyreqwestError) -> Exception:
     kind = type(error).__name__
+    text = str(error).lower()
+    # ConnectError covers both a connection that was never made and one that broke; only hyper's own words tell.
+    if isinstance(error, failures.ConnectError) and "client error (sendrequest)" in text:
+        return Lost(f"the connection broke ({kind})")
     if isinstance(error, failures.ConnectError | failures.ConnectTimeoutError | failures.PoolTimeoutError):
         return ConnectionFailed(f"no connection ({kind})")
     if isinstance(error, failures.BuilderError):
         return ConfigError("the request is not valid HTTP")
-    text = str(error).lower()
     if "parse" in text or "invalid http" in text:
         return ProtocolError("the response is not HTTP")
     return Lost(f"the connection broke ({kind})")
