@@ -72,6 +72,7 @@ class Binder:
         self._positional = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         self._names = frozenset(self._signature.parameters)
+        self._can_be_plain = self._simple and len(self._positional) == len(self._names)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The payload.
@@ -79,6 +80,15 @@ class Binder:
         Raises:
             TypeError: the arguments do not fit, with Python's own message.
         """
+        if self._can_be_plain and not kwargs and len(args) == len(self._positional):
+            payload = dict(zip(self._positional, args, strict=True))
+        else:
+            payload = self._bind_named(args, kwargs)
+        for name in self._ignore:
+            payload.pop(name, None)
+        return payload
+
+    def _bind_named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(zip(self._positional, args, strict=False))
         fits = (
             self._simple
@@ -87,11 +97,7 @@ class Binder:
             and self._names >= kwargs.keys()
         )
         payload = {**self._defaults, **given, **kwargs} if fits else {}
-        if len(payload) != len(self._names) or not fits:
-            payload = self._bind_slowly(args, kwargs)
-        for name in self._ignore:
-            payload.pop(name, None)
-        return payload
+        return payload if fits and len(payload) == len(self._names) else self._bind_slowly(args, kwargs)
 
     def _bind_slowly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = self._signature.bind(*args, **kwargs)

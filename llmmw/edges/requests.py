@@ -135,18 +135,22 @@ class RequestBuilder:
         if "stream" in fields:
             raise ConfigError("stream is not a field here: iterate client.stream(...) for a stream")
         body = {"model": name, **body, **fields}
-        body.update(body.pop("extra_body", None) or {})
+        extra = body.pop("extra_body", None)
+        if extra:
+            body.update(extra)
         context = current_context()
         timeout = body.pop("timeout", None)
         if timeout is not None:
             context = _with_deadline(context, timeout)
-        extra: dict[str, str] = body.pop("extra_headers", None) or {}
-        headers = tuple((name.lower(), value) for name, value in extra.items())
+        headers: tuple[tuple[str, str], ...] = ()
+        added: dict[str, str] | None = body.pop("extra_headers", None)
+        if added:
+            headers = tuple((name.lower(), value) for name, value in added.items())
         if stream:
             body["stream"] = True
             body.setdefault("stream_options", {"include_usage": True})
         namespace = self._namespaces.of(self._credential, context.tenant or self._tenant)
-        variant = tuple(sorted(pair for pair in headers if pair[0] in _ANSWER_HEADERS))
+        variant = tuple(sorted(pair for pair in headers if pair[0] in _ANSWER_HEADERS)) if headers else ()
         return Call(op, name, body, stream, context, headers or None, self._target, namespace, variant)
 
 
