@@ -64,6 +64,8 @@ def answer_of(reply: Reply, *, final: bool) -> Answer:
         headers.append((b"content-type", b"application/json" if reply.chunks is None else b"text/event-stream"))
     headers.append((b"x-llmmw-source", source.encode()))
     headers.append((b"x-llmmw-attempts", _count_attempts(reply)))
+    if reply.fallback:
+        headers.append((b"x-llmmw-endpoint", reply.endpoint.encode("latin-1", "replace")))
     if final and not reply.ok:
         headers.append((b"x-should-retry", b"false"))
     body = reply.data or b""
