@@ -6,23 +6,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import weakref
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
 from llmmw.errors import Closed
 from llmmw.events import CallEnded, CallStarted
 from llmmw.home import Home
+from llmmw.layers.flight import current_flight
+from llmmw.readers import BridgedChunks, GuardedChunks
 from llmmw.stats import Stats
-from llmmw.stream import Tap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
 
     from llmmw.answer import Usage
-    from llmmw.call import Call, Chunk, Chunks, Handler, Reply
+    from llmmw.call import Call, Handler, Reply
     from llmmw.endpoints.base import Endpoint
     from llmmw.env import Env
     from llmmw.events import CallResult
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from llmmw.stream import End
 
 T = TypeVar("T")
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 DRAIN_S = 30.0
 """How long `aclose` waits for calls in flight before it cancels them."""
@@ -64,7 +61,7 @@ class Engine:
         self.env = env
         self._stats = Stats()
         env.add_sink(self._stats.__call__)  # a bound method is called faster than an object
-        self._home = Home(self._leave, self._rehome)
+        self._home = Home(self._leave, self._rehome, self._forked)
         self._calls: dict[int, asyncio.Task[Any] | None] = {}
         self._next_id = 0
         self._closed = False
@@ -74,7 +71,6 @@ class Engine:
         self._cancelled_by_close: set[asyncio.Task[Any]] = set()
         for endpoint in self._endpoints:
             endpoint.start(env)
-        _engines.add(self)
 
     # ── calls ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,10 +181,11 @@ class Engine:
     def get_performance_stats(self) -> dict[str, Any]:
         """Counters, sums and percentiles since the engine was made, as plain values; see the README for each key."""
         gauges: dict[str, dict[str, object]] = {}
-        for role, bound in self._bounds:
-            found = bound.gauges()
-            if found:
-                gauges.setdefault(role, {}).update(found)
+        parts: list[tuple[str, Any]] = [*self._bounds, *(("pool", endpoint) for endpoint in self._endpoints)]
+        for name, part in parts:
+            read: Callable[[], dict[str, object]] | None = getattr(part, "gauges", None)
+            if read is not None and (found := read()):
+                gauges.setdefault(name, {}).update(found)
         return self._stats.snapshot(gauges)
 
     def invalidate(self, call: Call) -> int:
@@ -197,18 +194,12 @@ class Engine:
         async def on_home() -> int:
             return self._invalidate(call)
 
-        if self._home.loop is None or self._on_home_thread():
+        if self._home.loop is None or self._home.is_here():
             return self._invalidate(call)
         return self._home.run_sync(on_home)
 
     def _invalidate(self, call: Call) -> int:
         return sum(bound.invalidate(call) for _, bound in self._bounds)
-
-    def _on_home_thread(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self._home.loop
-        except RuntimeError:
-            return False
 
     def tick(self) -> None:
         """Every agent of the step has asked: flush what waits for batch mates. From any thread."""
@@ -248,7 +239,9 @@ class Engine:
     async def _close_here(self, drain_timeout: float) -> None:
         if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
             self._closing = asyncio.get_running_loop().create_task(self._close(asyncio.current_task(), drain_timeout))
-        await asyncio.shield(self._closing)
+        # A function that closes its own engine inside a shared call would wait for itself: the close goes on alone.
+        if current_flight() is None:
+            await asyncio.shield(self._closing)
 
     async def _close(self, closer: asyncio.Task[Any] | None, drain_timeout: float) -> None:
         for _, bound in self._bounds:
@@ -289,9 +282,8 @@ class Engine:
         for endpoint in self._endpoints:
             endpoint.rehome()
 
-    def after_fork(self) -> None:
+    def _forked(self) -> None:
         """In a forked child: nothing of the parent's loop, threads and sockets is ours."""
-        self._home.after_fork()
         self._stats.after_fork()
         self._closing = None
         self._cancelled_by_close.clear()
@@ -331,90 +323,3 @@ def _result_of(reply: Reply) -> tuple[CallResult, str]:
     if reply.source == "cache":
         return "hit", ""
     return ("coalesced", "") if reply.source == "coalesced" else ("upstream", "")
-
-
-class GuardedChunks:
-    """The outermost stream: a reader that drops it unread releases everything all the same."""
-
-    def __init__(self, inner: Chunks, on_end: Callable[[End], None]) -> None:
-        self._over = False
-        self._loop = asyncio.get_running_loop()
-
-        def ended(end: End) -> None:
-            guard = this()
-            if guard is not None:
-                guard._over = True  # noqa: SLF001 — our own
-            on_end(end)
-
-        self._tap = Tap(inner, ended)
-        this = weakref.ref(self)
-
-    @property
-    def usage(self) -> Usage:
-        """What the stream reported so far."""
-        return self._tap.usage
-
-    def __aiter__(self) -> GuardedChunks:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        return await self._tap.__anext__()
-
-    async def aclose(self) -> None:
-        """Stop reading and release everything."""
-        await self._tap.aclose()
-
-    def __del__(self) -> None:
-        if not self._over and not self._loop.is_closed():
-            loop, tap = self._loop, self._tap
-            loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
-
-
-class BridgedChunks:
-    """A stream that lives on the home loop, read from elsewhere: from another loop, or from plain code."""
-
-    def __init__(self, home: Home, inner: Chunks) -> None:
-        self._home = home
-        self._inner = inner
-
-    @property
-    def usage(self) -> Usage:
-        """What the stream reported so far."""
-        return self._inner.usage
-
-    def __aiter__(self) -> BridgedChunks:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        found = await self._home.run(self._next, repeat=False)
-        if found is None:
-            raise StopAsyncIteration
-        return found
-
-    async def aclose(self) -> None:
-        """Stop reading and release the stream on its own loop."""
-        await self._home.run(self._inner.aclose, repeat=False)
-
-    def next_sync(self) -> Chunk | None:
-        """The next chunk, or None at the end, from plain code."""
-        return self._home.run_sync(self._next, repeat=False)
-
-    def close_sync(self) -> None:
-        """`aclose` from plain code."""
-        self._home.run_sync(self._inner.aclose, repeat=False)
-
-    async def _next(self) -> Chunk | None:
-        # StopAsyncIteration cannot cross a future, so the end travels as None.
-        try:
-            return await self._inner.__anext__()
-        except StopAsyncIteration:
-            return None
-
-
-def _after_fork_in_child() -> None:
-    for engine in list(_engines):
-        engine.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

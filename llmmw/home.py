@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,9 @@ T = TypeVar("T")
 _MAX_MOVES = 16
 """A call that outlived this many homes gives up instead of following them for ever."""
 _JOIN_S = 5.0
+
+
+_homes: weakref.WeakSet[Home] = weakref.WeakSet()
 
 
 class HomeLost(Exception):
@@ -70,12 +74,20 @@ class Home:
     Args:
         on_leave: awaited on the home loop while it shuts down: close what can only be closed there.
         on_move: called when a new loop is adopted after another one died: drop what belonged to it.
+        on_fork: called in a forked child, where nothing of the parent's loop and threads exists.
     """
 
-    def __init__(self, on_leave: Callable[[], Awaitable[None]], on_move: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_leave: Callable[[], Awaitable[None]],
+        on_move: Callable[[], None],
+        on_fork: Callable[[], None],
+    ) -> None:
         self._on_leave = on_leave
         self._on_move = on_move
+        self._on_fork = on_fork
         self._reset()
+        _homes.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
@@ -86,8 +98,9 @@ class Home:
         self._bridged: set[concurrent.futures.Future[Any]] = set()
 
     def after_fork(self) -> None:
-        """In a forked child nothing of the parent's loop exists."""
+        """Forget the parent's loop and threads."""
         self._reset()
+        self._on_fork()
 
     # ── adopting ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -189,17 +202,20 @@ class Home:
                     break
         raise Closed("the event loop that served this call ended before the call did")
 
+    def is_here(self) -> bool:
+        """Whether the caller runs on the home loop."""
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
     def refuse_own_thread(self) -> None:
         """Raise where waiting for the home loop would stop it.
 
         Raises:
             ConfigError: called on the home loop's own thread.
         """
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        if running is self.loop:
+        if self.is_here():
             raise ConfigError(
                 "a synchronous llmmw call on the thread of its own event loop would wait for itself; "
                 "use the async form here (await client.chat(...), an async function), or call from another thread"
@@ -269,3 +285,12 @@ def _start(
 
     task.add_done_callback(deliver)
     result.add_done_callback(withdraw)
+
+
+def _after_fork_in_child() -> None:
+    for home in list(_homes):
+        home.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from llmmw import order
 from llmmw.engine import Engine
@@ -42,9 +42,7 @@ class Stack:
 
     def __init__(self, *layers: Layer, allow: Sequence[str] = ()) -> None:
         for layer in layers:
-            if isinstance(layer, type) or not isinstance(layer, Layer):
-                hint = f"; write {layer.__name__}(...)" if isinstance(layer, type) else ""
-                raise ConfigError(f"Stack: {layer!r} is not a layer (it needs `role` and `bind(inner, env)`){hint}")
+            _check_layer(layer)
         self._layers = layers
         self._allow = (allow,) if isinstance(allow, str) else tuple(allow)
         order.enforce([layer.role for layer in layers], self._allow)
@@ -56,7 +54,7 @@ class Stack:
         deadline: float | str | None = None,
         cache_ttl: float | str | None = None,
         cache_directory: str | None = None,
-        sampling: str = "share",
+        sampling: Literal["share", "lanes", "deterministic"] = "share",
         fallbacks: Sequence[object] = (),
         attempts: int = 3,
         rpm: int | None = None,
@@ -207,7 +205,7 @@ class Stack:
         others = [as_endpoint(other) for router in routers for other in router.targets]
         endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
         bounds: list[tuple[str, Bound]] = []
-        handlers: list[Handler] = list(endpoints)
+        handlers: Sequence[Handler] = endpoints
         envs = [env.endowed(frozenset(getattr(endpoint, "capabilities", ()))) for endpoint in endpoints]
         for layer in reversed(layers):
             if isinstance(layer, ForkingLayer):
@@ -237,3 +235,9 @@ def _hit_source(bounds: Sequence[tuple[str, Bound]]) -> Bound | None:
         if role not in _TRANSPARENT_TO_HITS:
             return None
     return None
+
+
+def _check_layer(layer: object) -> None:
+    if isinstance(layer, type) or not isinstance(layer, Layer):
+        hint = f"; write {layer.__name__}(...)" if isinstance(layer, type) else ""
+        raise ConfigError(f"Stack: {layer!r} is not a layer (it needs `role` and `bind(inner, env)`){hint}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmmw.edges.client import Client
 from llmmw.edges.requests import PieceReader, answer_of
-from llmmw.engine import BridgedChunks
+from llmmw.readers import BridgedChunks
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence

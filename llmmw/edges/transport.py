@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from llmmw.call import Call, Chunk, Chunks, Reply
     from llmmw.endpoints.base import Endpoint
-    from llmmw.engine import BridgedChunks, Engine
+    from llmmw.engine import Engine
     from llmmw.env import Env
     from llmmw.pool import ConnectionPool
+    from llmmw.readers import BridgedChunks
 
 _OURS = {
     "transport": "the stack is the transport",

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 class Layer(Protocol):
     """Settings that can be bound, many times, around a handler. Comparable and printable."""
 
-    @property
-    def role(self) -> Role:
-        """The layer's job, which decides where it may stand."""
-        ...
+    role: ClassVar[Role]
+    """The layer's job, which decides where it may stand."""
 
     def bind(self, inner: Handler, env: Env) -> Bound:
         """Running state around `inner`; called once per engine (once per endpoint below a router)."""

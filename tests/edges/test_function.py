@@ -233,3 +233,17 @@ async def test_an_ignored_parameter_is_no_part_of_the_payload():
     binder = Binder(Bot.plain.__wrapped__, ("self",))
     assert binder.bind((Bot(), "p"), {}) == {"prompt": "p"}
     await Bot.plain.aclose()
+
+
+async def test_a_function_may_close_its_own_engine():
+    from llmmw import Coalescer, TTLCache
+
+    @Stack(TTLCache(60), Coalescer()).wrap
+    async def ask():
+        await ask.aclose()
+        return "last"
+
+    async with asyncio.timeout(5):
+        assert await ask() == "last"
+        await ask.aclose()
+    assert ask.engine.closed
