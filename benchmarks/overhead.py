@@ -23,7 +23,9 @@ from import_cost import BARE, IMPORTS, import_cost
 from measure import Budget, Progress, Row, as_json, interleaved, table, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from hit_cost import Case
 
 SECTIONS = ("memory", "http", "import")
 IN_PROCESS = "in process, CPU per call"
@@ -34,7 +36,7 @@ _LONE = 1
 """At this concurrency there is no queue, hence no budget: mostly the loop's own wake-ups are measured."""
 
 
-def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
+def measure_memory(cases: Sequence[Case], repeats: int, calls: int, progress: Progress) -> list[Row]:
     """Hits and misses inside one process."""
     rows = {
         case.name: Row(
@@ -44,11 +46,11 @@ def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
             floor="" if case.less_floor else case.floor,
             budget=None if case.budget_us is None else Budget(case.budget_us, f"≤ {case.budget_us:g} µs"),
         )
-        for case in CASES
+        for case in cases
     }
-    walls: dict[str, list[float]] = {case.name: [] for case in CASES}
+    walls: dict[str, list[float]] = {case.name: [] for case in cases}
     seen = -1
-    for repeat, case in interleaved(CASES, repeats):
+    for repeat, case in interleaved(cases, repeats):
         row = rows[case.name]
         if row.skipped:
             continue
@@ -63,7 +65,7 @@ def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
             continue
         row.values.append(cpu)
         walls[case.name] += clocked
-    for case in CASES:
+    for case in cases:
         row = rows[case.name]
         if walls[case.name]:
             row.p50 = statistics.median(walls[case.name])
@@ -75,17 +77,22 @@ def measure_memory(repeats: int, calls: int, progress: Progress) -> list[Row]:
 
 
 def measure_http(
-    repeats: int, levels: Sequence[int], calls_per_level: int, delay_s: float, progress: Progress
+    names: Sequence[str],
+    repeats: int,
+    levels: Sequence[int],
+    calls_per_level: int,
+    delay_s: float,
+    progress: Progress,
 ) -> list[Row]:
     """CPU of each client's process per call, at each number of concurrent calls."""
     rows = {
         (level, name): Row(_section(level), name, "ms", floor="" if name == _FLOOR else _AIOHTTP)
         for level in levels
-        for name in CLIENTS
+        for name in names
     }
     walls: dict[tuple[int, str], list[float]] = {key: [] for key in rows}
     with running(delay_s) as url:
-        clients = [ClientProcess(name, url) for name in CLIENTS]
+        clients = [ClientProcess(name, url) for name in names]
         try:
             seen = (-1, -1)
             for repeat in range(repeats):
@@ -117,11 +124,13 @@ def measure_http(
 
 def _set_http_budgets(rows: dict[tuple[int, str], Row], levels: Sequence[int]) -> None:
     for level in levels:
-        aiohttp, httpx = rows[level, _AIOHTTP], rows[level, _HTTPX]
-        if level > _LONE and aiohttp.measured and httpx.measured:
-            for name in _BUDGETED_CLIENTS:
-                limit = min(2 * aiohttp.median, httpx.median)
-                rows[level, name].budget = Budget(limit, "≤ 2 x aiohttp, < httpx")
+        aiohttp, httpx = rows.get((level, _AIOHTTP)), rows.get((level, _HTTPX))
+        if level == _LONE or aiohttp is None or httpx is None or not (aiohttp.measured and httpx.measured):
+            continue
+        for name in _BUDGETED_CLIENTS:
+            row = rows.get((level, name))
+            if row is not None:
+                row.budget = Budget(min(2 * aiohttp.median, httpx.median), "≤ 2 x aiohttp, < httpx")
 
 
 def _section(level: int) -> str:
@@ -133,10 +142,10 @@ def _calls_at(level: int, calls: int) -> int:
     return max(2 * level, min(calls, 16 * level))
 
 
-def measure_imports(repeats: int, progress: Progress) -> list[Row]:
+def measure_imports(names: Sequence[str], repeats: int, progress: Progress) -> list[Row]:
     """CPU and memory of imports, over the bare interpreter."""
     cpu, memory = {}, {}
-    for name in IMPORTS:
+    for name in names:
         limits = _IMPORT_BUDGETS.get(name)
         cpu[name] = Row("import, CPU over the bare interpreter", name, "s")
         memory[name] = Row("import, memory over the bare interpreter", name, "MB")
@@ -146,11 +155,11 @@ def measure_imports(repeats: int, progress: Progress) -> list[Row]:
     for repeat in range(-1, repeats):  # the first time writes bytecode and fills the page cache
         progress("imports: warming up" if repeat < 0 else f"imports: repeat {repeat + 1} of {repeats}")
         bare_s, bare_mb = import_cost()
-        for name, statement in IMPORTS.items():
+        for name in names:
             if cpu[name].skipped:
                 continue
             try:
-                took_s, megabytes = import_cost(statement)
+                took_s, megabytes = import_cost(IMPORTS[name])
             except RuntimeError as error:
                 cpu[name].skipped = memory[name].skipped = _why(error)
                 continue
@@ -201,6 +210,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the figures (needs matplotlib)")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a budget is exceeded or not measured")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="only rows whose name contains one of these")
     parser.add_argument("--repeats", type=int, help="repeats of everything (5; HTTP 3)")
     parser.add_argument("--calls", type=int, help="calls per repeat in process (1000) and per HTTP client (512)")
     parser.add_argument("--levels", type=int, nargs="+", help="concurrent calls of the HTTP clients (1 64 256)")
@@ -216,13 +226,18 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[list[Row], dic
     calls = options.calls or (300 if quick else 1000)
     http_calls = options.calls or (192 if quick else 512)
     levels = options.levels or ([64] if quick else [1, 64, 256])
+
+    def wanted(names: Iterable[str]) -> list[str]:
+        return [name for name in names if options.only is None or any(words in name for words in options.only)]
+
     rows: list[Row] = []
     if "memory" in options.sections:
-        rows += measure_memory(repeats, calls, progress)
+        names = wanted(case.name for case in CASES)
+        rows += measure_memory([case for case in CASES if case.name in names], repeats, calls, progress)
     if "http" in options.sections:
-        rows += measure_http(http_repeats, levels, http_calls, options.delay, progress)
+        rows += measure_http(wanted(CLIENTS), http_repeats, levels, http_calls, options.delay, progress)
     if "import" in options.sections:
-        rows += measure_imports(repeats, progress)
+        rows += measure_imports(wanted(IMPORTS), repeats, progress)
     settings: dict[str, object] = {
         "quick": quick, "repeats": repeats, "http_repeats": http_repeats, "calls": calls, "http_calls": http_calls,
         "levels": levels, "delay_s": options.delay, "sections": list(options.sections), "import_base": BARE,

@@ -1,0 +1,101 @@
+"""The benchmark of overhead runs anywhere and says what it found in one shape; how fast anything is, no test asks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+KEYS = {
+    "section", "name", "unit", "median", "best", "repeats", "p50", "floor", "ratio", "budget", "budget_why", "status",
+    "skipped",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    target = tmp_path_factory.mktemp("overhead") / "deep" / "found.json"
+    only = [
+        "json + sha256",
+        "memory hit",
+        "disk hit, 64",
+        "uncached",
+        "bare",
+        "aiohttp",
+        "llmmw Client",
+        "import llmmw",
+    ]
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--json", str(target), "--repeats", "1"]
+    command += ["--calls", "20", "--levels", "2", "--delay", "0", "--only", *only]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE", "LLMMW"))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(target.read_text()) | {"printed": done.stdout}
+
+
+def rows_of(found, part):
+    return {row["name"]: row for row in found["rows"] if part in row["section"]}
+
+
+def test_every_row_has_the_same_keys_and_a_figure_or_a_reason(found):
+    for row in found["rows"]:
+        assert set(row) == KEYS
+        assert (row["median"] is None) == (row["status"] == "skipped") == bool(row["skipped"])
+        assert row["status"] in {"", "ok", "over", "skipped"}
+        assert row["median"] is None or math.isfinite(row["median"])
+        assert (row["budget"] is None) or row["status"] != ""
+
+
+def test_llmmw_and_its_floors_are_measured(found):
+    inside, http = rows_of(found, "in process"), rows_of(found, "HTTP client")
+    measured = {name for name, row in (inside | http).items() if row["median"] is not None}
+    assert measured >= {
+        "dict + json + sha256", "memory hit, async function", "memory hit, sync function", "disk hit, 64 at once",
+        "bare function", "uncached call, added by cache stack", "bare asyncio protocol", "aiohttp", "llmmw Client",
+    }  # fmt: skip
+    assert inside["memory hit, async function"]["ratio"] > 1
+    assert inside["memory hit, async function"]["budget"] == 12
+    assert http["llmmw Client"]["ratio"] > 0
+
+
+def test_imports_are_measured_in_seconds_and_in_megabytes(found):
+    units = {row["unit"]: row for row in found["rows"] if row["name"] == "import llmmw"}
+    assert units.keys() == {"s", "MB"}
+    assert (units["s"]["budget"], units["MB"]["budget"]) == (0.15, 35)
+
+
+def test_the_settings_and_the_machine_are_part_of_the_result(found):
+    assert found["settings"]["levels"] == [2]
+    assert found["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["took_s"] > 0
+
+
+def test_the_table_names_every_row(found):
+    assert all(row["name"] in found["printed"] for row in found["rows"])
+    assert "budgets kept" in found["printed"]
+
+
+def test_a_row_is_judged_by_its_median_and_shown_with_its_ratio(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from measure import Budget, Row, as_json, table
+
+    rows = [
+        Row("s", "floor", "µs", [2.0, 1.0, 9.0]),
+        Row("s", "kept", "µs", [4.0, 99.0, 3.0], floor="floor", budget=Budget(4.0, "≤ 4 µs")),
+        Row("s", "broken", "µs", [5.0], floor="floor", budget=Budget(4.0, "≤ 4 µs")),
+        Row("s", "absent", "µs", floor="floor", budget=Budget(4.0, "≤ 4 µs"), skipped="not installed"),
+    ]
+    shown = {row["name"]: row for row in as_json(rows, {}, 1.0)["rows"]}
+    assert [row.status for row in rows] == ["", "ok", "over", "skipped"]
+    assert shown["kept"]["ratio"] == 2.0
+    assert shown["kept"]["best"] == 3.0
+    assert shown["absent"]["median"] is None
+    assert "OVER" in table(rows)
+    assert "not installed" in table(rows)
