@@ -1,0 +1,168 @@
+"""Batcher: releases compatible calls together, in one request where the endpoint takes that."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmmw.algo.batchplan import Limits, grouping
+from llmmw.errors import QueueFull
+from llmmw.events import RefusedEarly
+from llmmw.layers.base import Bound
+from llmmw.layers.gather import GO, Gathering, closed_error
+from llmmw.order import Role
+from llmmw.settings import choice, positive_seconds, settings, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmmw.algo.batchplan import Grouping
+    from llmmw.call import Call, Handler, Reply
+    from llmmw.env import Env
+
+
+@settings
+class Batcher:
+    """Gathers calls of equal operation, model, sampling parameters, priority and tenant, and lets them go together.
+
+    At an endpoint with a batch call a group becomes one request and its answer is taken apart again; elsewhere the
+    calls go side by side. While nothing of this batcher is under way a call waits only for the others of the same
+    loop turn. Streams, tools and n > 1 go straight through.
+
+    Worth it at a local vLLM with more than about 32 equal calls at a time; below that a joint request saves nothing.
+
+    Args:
+        max_size: calls in a group.
+        flush_interval: longest wait for batch mates.
+        max_bytes: prompts of a group together, in bytes; one above it goes alone. None: no limit.
+        max_tokens: likewise in estimated tokens, prompts and permitted output.
+        max_queue: calls taken in and not yet answered.
+        when_full: "wait" for room, or "refuse" with QueueFull.
+        joint: "auto" sends joint requests where the endpoint takes them, "off" never.
+        barrier: calls with a step (`using(step=)`) wait until so many agents of it have asked, or `tick()`, or the
+            interval; also at an idle endpoint. None: steps do not matter.
+        drain: on closing send what waits; False fails it with Closed.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    role: ClassVar[Role] = Role.BATCH
+    max_size: int = 20
+    flush_interval: float | str = 0.02
+    max_bytes: int | None = None
+    max_tokens: int | None = None
+    max_queue: int = 10_000
+    when_full: str = "wait"
+    joint: str = "auto"
+    barrier: int | None = None
+    drain: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flush_interval", positive_seconds("Batcher(flush_interval=)", self.flush_interval))
+        for name in ("max_size", "max_queue", "max_bytes", "max_tokens", "barrier"):
+            value = getattr(self, name)
+            if value is not None or name in {"max_size", "max_queue"}:
+                whole(f"Batcher({name}=)", value)
+        choice("Batcher(when_full=)", self.when_full, ("wait", "refuse"))
+        choice("Batcher(joint=)", self.joint, ("auto", "off"))
+
+    def bind(self, inner: Handler, env: Env) -> BoundBatcher:
+        """Running state: what waits and what is under way."""
+        return BoundBatcher(inner, env, self)
+
+
+class BoundBatcher(Bound):
+    """The groups of one endpoint."""
+
+    def __init__(self, inner: Handler, env: Env, options: Batcher) -> None:
+        super().__init__(inner, env)
+        self._options = options
+        self._joint_ops = {
+            op for op in ("chat", "complete") if f"batch:{op}" in env.capabilities and options.joint == "auto"
+        }
+        self._gathering = self._begin()
+        self._draining = self._closed = False
+
+    def _begin(self) -> Gathering:
+        options = self._options
+        limits = Limits(
+            options.max_size, options.max_bytes, options.max_tokens, interval_s=float(options.flush_interval)
+        )
+        return Gathering(
+            self.inner,
+            self.env,
+            limits,
+            max_calls=options.max_queue,
+            barrier=options.barrier,
+            joint_ops=self._joint_ops,
+        )
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Answer, together with others where that is possible.
+
+        Raises:
+            QueueFull: too many unanswered calls, and `when_full="refuse"`.
+            Closed: the engine was closed before the call was sent.
+        """
+        gathering, group = self._gathering, grouping(call)
+        entrance = gathering.entrance
+        if entrance.full and self._options.when_full == "refuse":
+            self.env.emit(RefusedEarly("batch", "queue full"))
+            raise QueueFull(f"Batcher(max_queue={self._options.max_queue}): so many calls are unanswered")
+        await entrance.enter()
+        try:
+            if self._closed or (self._draining and not self._options.drain):
+                raise closed_error()
+            if group is None or self._draining:
+                return await self.inner(call)
+            return await self._wait(gathering, call, group)
+        finally:
+            entrance.leave()
+
+    async def _wait(self, gathering: Gathering, call: Call, group: Grouping) -> Reply:
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        item = gathering.submit(call, group, waiter)
+        try:
+            landed = await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.result() is GO:
+                gathering.over()
+            elif item.leave(waiter):
+                gathering.withdraw(item)
+            raise
+        if landed is GO:
+            try:
+                return await self.inner(call)
+            finally:
+                gathering.over()
+        if isinstance(landed, BaseException):
+            raise landed
+        reply: Reply = landed
+        return reply
+
+    def tick(self) -> None:
+        """Every agent of the step has asked: let everything go."""
+        self._gathering.tick()
+
+    def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
+        """Fail what waits here for the same endpoint and model."""
+        return self._gathering.shed(call, make_error)
+
+    def closing(self) -> None:
+        """Send what waits, or fail it (`drain=False`); what still comes, such as a repetition, waits for nobody."""
+        self._draining = True
+        self._gathering.close(send=self._options.drain)
+
+    def rehome(self) -> None:
+        """What waited belongs to a dead loop."""
+        self._gathering = self._begin()
+
+    async def aclose(self) -> None:
+        """Cancel what is under way; its callers get Closed."""
+        self._draining = self._closed = True
+        await self._gathering.aclose()
+
+    def gauges(self) -> dict[str, object]:
+        """Calls that wait, and requests or calls under way."""
+        return {**self._gathering.gauges(), "joint": bool(self._joint_ops)}

@@ -1,0 +1,58 @@
+"""A bounded number of calls inside: who comes when it is full waits outside, in order of arrival, or is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+
+class Entrance:
+    """Counts calls in and out on one event loop.
+
+    Args:
+        capacity: calls inside at a time.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._outside: deque[asyncio.Future[None]] = deque()
+        self._is_open = False
+        self.inside = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether a newcomer would have to wait."""
+        return not self._is_open and (self.inside >= self._capacity or bool(self._outside))
+
+    async def enter(self) -> None:
+        """Go in, after waiting for room; every `enter` that returns needs one `leave`."""
+        if not self.full:
+            self.inside += 1
+            return
+        gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._outside.append(gate)
+        try:
+            await gate
+        except asyncio.CancelledError:
+            if gate.done() and not gate.cancelled():
+                self.leave()
+            else:
+                self._outside.remove(gate)
+            raise
+
+    def leave(self) -> None:
+        """Go out; the first who waits comes in."""
+        self.inside -= 1
+        self._let_in()
+
+    def open(self) -> None:
+        """No bound any more: everybody comes in."""
+        self._is_open = True
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._outside and (self._is_open or self.inside < self._capacity):
+            gate = self._outside.popleft()
+            if not gate.done():
+                self.inside += 1
+                gate.set_result(None)
