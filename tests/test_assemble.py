@@ -150,7 +150,9 @@ def test_a_plain_answer_as_a_stream_says_the_same():
     message = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm", "annotations": []}
     body = {
         "id": "1", "object": "chat.completion", "model": "m", "usage": USAGE["usage"], "service_tier": None,
-        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls", "logprobs": None, "stop_reason": 3}],
+        "choices": [
+            {"index": 0, "message": message, "finish_reason": "tool_calls", "logprobs": None, "stop_reason": 3},
+        ],
     }  # fmt: skip
     chunks = cut("chat", msgspec.json.encode(body), usage=True)
     again = assemble("chat", b"".join(chunks))

@@ -16,7 +16,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from llmmw.stores.iothread import IOThread
+from llmmw.stores.iothread import FLUSH_S, IOThread
 from llmmw.stores.keeper import Keeper
 
 if TYPE_CHECKING:
@@ -211,18 +211,37 @@ class DiskStore:
     async def aclose(self) -> None:
         """Write what is queued, close the database and end the thread. Idempotent."""
         self._closed = True
-        if self._thread is not None:
-            await asyncio.to_thread(self.flush)
+        thread = self._let_go()
+        if thread is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop closed before the disk was done
+                loop.call_soon_threadsafe(ended.set)
+
+        thread.stop(tell)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * FLUSH_S):
+                await ended.wait()
+                thread.join()
+        self._count_losses()
 
     def flush(self) -> None:
-        """End the thread after what is queued; a later use starts another."""
+        """`aclose` at the end of the process, where no loop runs."""
+        thread = self._let_go()
+        if thread is not None:
+            thread.stop()
+            thread.join()
+
+    def _let_go(self) -> IOThread | None:
         thread, self._thread = self._thread, None
-        if thread is None or os.getpid() != self._pid:
-            return
         if self._finalizer is not None:
             self._finalizer.detach()
-        thread.stop()
-        thread.join()
+        return thread if os.getpid() == self._pid else None
+
+    def _count_losses(self) -> None:
         with self._lock:
             left = len(self._pending)
         if left:

@@ -30,7 +30,8 @@ class IOThread:
 
     def __init__(self, name: str, on_stop: Callable[[], None]) -> None:
         self._jobs: queue.SimpleQueue[tuple[Read | None, Write | None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_Worker(self._jobs, on_stop).main, name=name, daemon=True)
+        self._at_end = [on_stop]
+        self._thread = threading.Thread(target=_Worker(self._jobs, self._at_end).main, name=name, daemon=True)
         self._thread.start()
 
     def read(self, job: Read) -> None:
@@ -41,26 +42,25 @@ class IOThread:
         """Run when no read waits; a job that returns False is tried again after a pause, before later writes."""
         self._jobs.put((None, job))
 
-    def stop(self) -> None:
-        """Finish what is queued and end; does not wait."""
+    def stop(self, then: Callable[[], None] | None = None) -> None:
+        """Finish what is queued and end; does not wait. `then` runs on the thread as its last act."""
+        if then is not None:
+            self._at_end.append(then)
         self._jobs.put((None, None))
 
     def join(self) -> None:
         """Wait for the end, at most about as long as the flush may take."""
         self._thread.join(2 * FLUSH_S)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-        return self._thread.is_alive()
-
 
 class _Worker:
     """The thread's side: it holds no reference to whoever uses the thread."""
 
-    def __init__(self, jobs: queue.SimpleQueue[tuple[Read | None, Write | None]], on_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, jobs: queue.SimpleQueue[tuple[Read | None, Write | None]], at_end: list[Callable[[], None]]
+    ) -> None:
         self._jobs = jobs
-        self._on_stop = on_stop
+        self._at_end = at_end
         self._writes: deque[Write] = deque()
         self._pause_s = 0.0
         self._flush_left_s = float("inf")
@@ -74,7 +74,8 @@ class _Worker:
             self._write()
             if self._flush_left_s <= 0:
                 break
-        self._on_stop()
+        for act in self._at_end:
+            act()
 
     def _wait(self) -> tuple[Read | None, Write | None]:
         if not self._writes:

@@ -666,3 +666,58 @@ def test_settings_are_values():
     assert TTLCache(300, "x") != TTLCache(300)
     assert TTLCache.role is Role.CACHE
     assert "ttl=300.0" in repr(TTLCache(300))
+
+
+def message_stream(*deltas, stop="end_turn"):
+    usage = {"input_tokens": 3, "output_tokens": 1}
+    yield sse({"type": "message_start", "message": {"role": "assistant", "content": [], "usage": usage}})
+    yield sse({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
+    for text in deltas:
+        yield sse({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}})
+    yield sse({"type": "message_delta", "delta": {"stop_reason": stop}, "usage": {"output_tokens": 9}})
+    yield sse({"type": "message_stop"})
+
+
+@manual_time
+async def test_cache_14_anthropic_and_responses_streams_answer_plain_calls_and_not_the_reverse(clock):
+    done = {"status": "completed", "output": [{"content": [{"text": "x"}]}], "usage": {"input_tokens": 1}}
+    streams = {
+        "messages": list(message_stream("a", "b")),
+        "responses": [sse({"type": "response.completed", "response": done})],
+    }
+    for op, chunks in streams.items():
+        rig = Rig(Reply(chunks=ScriptedChunks(chunks)), Reply(chunks=ScriptedChunks(chunks)))
+        call = chat_call().replace(op=op)
+        await read(await rig.cache(call.replace(stream=True)))
+        plain = await rig.cache(call)
+        assert (plain.source, plain.text) == ("cache", "ab" if op == "messages" else "x")
+        plain_first = Rig(Reply(data=plain.data), Reply(chunks=ScriptedChunks(chunks)))
+        await plain_first.cache(call)
+        assert (await plain_first.cache(call)).source == "cache"
+        assert (await plain_first.cache(call.replace(stream=True))).source == "upstream"
+
+
+@manual_time
+async def test_streams_that_make_no_sense_are_not_stored(clock):
+    senseless = [
+        sse({"choices": [{"index": 0, "delta": {"content": 7}, "finish_reason": "stop"}]}),
+        b"data: [DONE]\n\n",
+    ]
+    numbers = [*chat_chunks("x")[:1], *senseless]
+    rig = Rig(
+        Reply(chunks=ScriptedChunks(numbers)),
+        Reply(chunks=ScriptedChunks(chat_chunks("x")), status=500),
+        Reply(chunks=ScriptedChunks(chat_chunks("x")), status=404),
+        negative_ttl=10,
+    )
+    for _ in range(3):
+        await ask_stream(rig)
+    assert rig.skipped() == ["a stream that cannot be judged", "refused", "refused"]
+
+
+@manual_time
+async def test_reasons_that_a_server_invents_are_counted_as_one(clock):
+    rig = Rig(*(choice(f"because {index}", content="x") for index in range(3)), choice("length", content="x"))
+    for _ in range(4):
+        await rig()
+    assert rig.skipped() == ["unknown finish_reason"] * 3 + ["finish_reason 'length'"]
