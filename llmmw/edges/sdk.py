@@ -109,7 +109,8 @@ class Shared:
 
     def __init__(self, package: str, stack: Stack, tenant: str | None, env: Env | None, target: str) -> None:
         self.package = package
-        self.engine: Engine = stack.bind(SDKEndpoint(target), env=env)
+        self.endpoint = SDKEndpoint(target)
+        self.engine: Engine = stack.bind(self.endpoint, env=env)
         self.retries = Role.RETRY in stack and not disabled()
         self.tenant = tenant
         directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
@@ -127,6 +128,7 @@ class Wrapping:
         self.client = client
         self.shared = shared
         self.library, self.bodies = _library_of(client)
+        shared.endpoint.sends_with(client._client)  # noqa: SLF001 — the SDKs have no public name for it
         self._patched: list[tuple[Any, str]] = []
         self._max_retries = client.max_retries
         if shared.retries:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import msgspec
 
@@ -12,8 +15,10 @@ from llmmw.answer import usage_of
 from llmmw.call import Reply
 from llmmw.endpoints.base import counted
 from llmmw.endpoints.openai import AnswerStream
+from llmmw.endpoints.orphans import forget_orphans
 from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, UpstreamTimeout
+from llmmw.pool.guard import is_loopback
 from llmmw.sse import StreamWatch
 from llmmw.wire import HOP_BY_HOP, read_answer
 
@@ -52,8 +57,16 @@ class SDKEndpoint:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        local = is_loopback(urlsplit(name).hostname or "")
+        self.capabilities: frozenset[str] = frozenset({"idempotent"}) if local else frozenset()
         self._env = Env()
         self._threads: Any = None
+        self._http_clients: WeakSet[Any] = WeakSet()
+        self._pid = os.getpid()
+
+    def sends_with(self, http_client: Any) -> None:
+        """Remember an HTTP client of the SDK, whose connections must not outlive their loop."""
+        self._http_clients.add(http_client)
 
     def start(self, env: Env) -> None:
         """The engine's env."""
@@ -99,8 +112,11 @@ class SDKEndpoint:
         return await to_thread.run_sync(work, limiter=self._threads, abandon_on_cancel=True)
 
     def rehome(self) -> None:
-        """The capacity limiter belongs to a loop."""
+        """The capacity limiter and the SDK's connections belong to a loop."""
         self._threads = None
+        forked, self._pid = os.getpid() != self._pid, os.getpid()
+        for http_client in list(self._http_clients):
+            forget_orphans(http_client, forked=forked)
 
     async def aclose(self) -> None:
         """The SDK client is its owner's to close."""

@@ -118,7 +118,7 @@ def server(process):
 
 def pytest_generate_tests(metafunc):
     """Every kind of driver, or those that have all the tags which the test names with `only(...)`."""
-    if "connect" in metafunc.fixturenames:
+    if "kind" in metafunc.fixturenames:
         tags = getattr(metafunc.function, "only", ())
         metafunc.parametrize("kind", [kind for kind in KINDS if all(tag in tags_of(kind) for tag in tags)])
 
@@ -142,6 +142,12 @@ async def connect(kind, server):
     yield make
     for driver in made:
         await driver.close()
+
+
+@pytest.fixture
+def connect_in_run(kind, server):
+    """Makes a driver outside any loop; the test closes it."""
+    return lambda: Driver(kind, server, llmmw.Stack(llmmw.TTLCache(300)), max_retries=0)
 
 
 def pytest_report_header() -> str:
