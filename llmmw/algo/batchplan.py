@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from llmmw.answer import Usage, items, mapping, text_of, usage_of
-from llmmw.wire import HTTPRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +36,8 @@ class Kind(NamedTuple):
     tenant: str | None
     variant: tuple[tuple[str, str], ...]
     priority: int
+    headers: tuple[tuple[str, str], ...] = ()
+    """Headers that the caller added (a client's call carries them as `native`)."""
     rest: bytes = b""
     """Everything else of the body but the prompt."""
 
@@ -54,7 +55,7 @@ class Grouping(msgspec.Struct, frozen=True):
 def grouping(call: Call) -> Grouping | None:
     """The group of a call, or None for one that always goes alone (a stream, n > 1, tools, unknown operations).
 
-    A request from a transport edge never shares one: its headers hold the credential.
+    A transport edge's own request never shares one: its headers hold the credential.
     """
     if call.stream or call.direct:
         return None
@@ -73,7 +74,9 @@ def grouping(call: Call) -> Grouping | None:
         twin = msgspec.json.encode(call.payload[field], order="deterministic") if greedy else None
     except (TypeError, ValueError, RecursionError):
         return None
-    return Grouping(kind._replace(rest=shared), joint=not isinstance(call.native, HTTPRequest), twin=twin)
+    native: Any = call.native
+    headers: tuple[Any, ...] = native if isinstance(native, tuple) else ()
+    return Grouping(kind._replace(headers=headers, rest=shared), joint=native is None or native is headers, twin=twin)
 
 
 def _is_one_prompt(prompt: object) -> bool:
@@ -100,7 +103,6 @@ def joint_call(calls: Sequence[Call]) -> Call:
         op="chat_batch" if first.op == "chat" else first.op,
         payload={**first.payload, field: [call.payload[field] for call in calls]},
         context=context,
-        native=None,
         urgency=None,
         key=b"",
         on_answer=None,

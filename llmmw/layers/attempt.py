@@ -1,12 +1,14 @@
 """One attempt at an inner handler: its outcome as a value, and the history of attempts on whoever is told.
 
-A stream is an outcome only with its first chunk: until then nothing was delivered, so it may be repeated or sent
-elsewhere; the reader, who waits for that chunk anyway, loses nothing.
+A stream is an outcome only with its first token: until then nothing was delivered, so it may be repeated or sent
+elsewhere. What comes before (a role, a ping) is held back for that long; the reader, who waits for the token, loses
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from llmmw.call import Attempt, Item, Reply
@@ -66,31 +68,44 @@ def _told(attempt: Attempt) -> str:
     return f"{attempt.endpoint or 'the endpoint'} failed ({attempt.fault}: {what}){then}"
 
 
+_HAVE_TOKENS = frozenset({"chat", "complete", "messages", "responses"})
+"""Operations whose streams begin with chunks that say nothing yet."""
+
+_MAX_HELD = 16
+"""A stream that says nothing for so many chunks is handed over as it is."""
+
+
 class Delivery:
-    """A stream whose first chunk is here. If it breaks from now on, the reader gets StreamInterrupted.
+    """A stream whose first token is here. If it breaks from now on, the reader gets StreamInterrupted.
 
     The delivered chunks are kept (by reference) for the error's `partial`. A user generator's own exception and a
     cancellation pass unchanged.
     """
 
-    def __init__(self, inner: Chunks, first: Chunk | None, op: str, endpoint: str) -> None:
+    def __init__(self, inner: Chunks, held: deque[Chunk], op: str, endpoint: str) -> None:
         self._inner = inner
-        self._first = first
+        self._held = held
         self._op = op
         self._endpoint = endpoint
         self._kept: list[Chunk] = []
 
     @classmethod
     async def begin(cls, chunks: Chunks, op: str, endpoint: str) -> Delivery:
-        """Wait for the first chunk; whatever prevents it is raised, with the stream closed."""
+        """Wait for the first token; whatever prevents it is raised, with the stream closed."""
+        held: deque[Chunk] = deque()
+        watch = StreamWatch(op)
         try:
-            first = await chunks.__anext__()
-        except StopAsyncIteration:
-            return cls(chunks, None, op, endpoint)
-        except asyncio.CancelledError:
+            async for chunk in chunks:
+                held.append(chunk)
+                if isinstance(chunk, Item) or op not in _HAVE_TOKENS or len(held) >= _MAX_HELD:
+                    break
+                watch.feed(chunk)
+                if watch.has_token:
+                    break
+        except (asyncio.CancelledError, ResponseTooLarge):
             await chunks.aclose()
             raise
-        return cls(chunks, first, op, endpoint)
+        return cls(chunks, held, op, endpoint)
 
     @property
     def usage(self) -> Usage:
@@ -101,8 +116,9 @@ class Delivery:
         return self
 
     async def __anext__(self) -> Chunk:
-        chunk, self._first = self._first, None
-        if chunk is None:
+        if self._held:
+            chunk = self._held.popleft()
+        else:
             try:
                 chunk = await self._inner.__anext__()
             except UpstreamError as error:
@@ -114,7 +130,7 @@ class Delivery:
 
     async def aclose(self) -> None:
         """Stop reading."""
-        self._first = None
+        self._held.clear()
         await self._inner.aclose()
 
     def _interrupted(self, error: UpstreamError) -> StreamInterrupted:

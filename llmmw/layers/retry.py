@@ -29,7 +29,7 @@ class Retry:
     What is repeated is in the table of fault classes: lost connections before sending, 429, 5xx and answers that are
     none. A call that was sent and then lost may be done and billed, so it is repeated only with `duplicate_ok` (or
     once at an endpoint that says repeating is free, such as a local vLLM) and else ends as AmbiguousOutcome.
-    A stream is repeated only before its first chunk; later it ends with StreamInterrupted.
+    A stream is repeated only before its first token; later it ends with StreamInterrupted.
 
     A 429 does not use up an attempt while all waits for 429s together stay within `rate_patience`. With a RateLimiter
     inside, its gate does that waiting, in order of priority; a wait beyond the deadline fails at once.
@@ -90,7 +90,7 @@ class BoundRetry(Bound):
 
         Raises:
             AmbiguousOutcome: sent, lost, and not to be repeated.
-            StreamInterrupted: from the reply's chunks, when a stream breaks after its first chunk.
+            StreamInterrupted: from the reply's chunks, when a stream breaks after its first token.
         """
         self._budget.call_began()
         progress, attempts, cost = Progress(), tuple[Attempt, ...](), 0

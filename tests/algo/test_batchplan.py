@@ -52,8 +52,9 @@ def test_calls_that_differ_only_in_their_prompt_belong_together() -> None:
         chat_call("a", context=Context(priority=1)),
         chat_call("a").replace(urgency=Urgency(priority=-1)),
         Call("complete", "m", {"model": "m", "prompt": "a"}, target="http://fake.test/v1"),
+        chat_call("a").replace(native=(("x-trace", "1"),)),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_batch_07_what_differs_never_travels_together(other: Call) -> None:
     mine, theirs = grouping(chat_call("a")), grouping(other)
@@ -90,6 +91,7 @@ def test_who_may_share_a_request() -> None:
 
     assert joint(chat_call("a"))
     assert joint(Call("complete", "m", {"prompt": [1, 2, 3]}))
+    assert joint(chat_call("a").replace(native=(("x-trace", "1"),)))
     assert not joint(Call("function", "f", {"x": object()}))
     assert not joint(chat_call("a").replace(native=HTTPRequest("POST", "http://x")))
 
@@ -107,7 +109,8 @@ def test_greedy_calls_with_one_prompt_are_twins() -> None:
 
 def test_joint_call_is_as_urgent_and_patient_as_its_members() -> None:
     one = chat_call("a", context=Context(agent="x", step=2, deadline=5.0, priority=1, tags=("t",)))
-    two = chat_call("b", context=Context(agent="y", step=2, deadline=9.0)).replace(native=object(), key=b"k")
+    one = one.replace(key=b"k")
+    two = chat_call("b", context=Context(agent="y", step=2, deadline=9.0))
     call = joint_call([one, two])
     assert (call.op, call.native, call.key, call.urgency) == ("chat_batch", None, b"", None)
     assert call.payload["messages"] == [one.payload["messages"], two.payload["messages"]]

@@ -348,6 +348,31 @@ def stream_of(*chunks: Chunk | BaseException) -> Reply:
     return Reply(chunks=ScriptedChunks(chunks))
 
 
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+
+
+@manual_time
+async def test_route_09_stream_broken_before_its_first_token_is_repeated(clock: ManualClock) -> None:
+    upstream = FakeUpstream([stream_of(ROLE, b": ping\n\n", errors.StatusError("overloaded", status=503))])
+    reply = await bound(upstream, clock)(chat_call("a", stream=True))
+    assert await read(reply) == chat_chunks("echo: a")
+    chunks = [ROLE, *chat_chunks("b")]
+    reply = await bound(FakeUpstream([stream_of(*chunks)]), clock)(chat_call(stream=True))
+    assert await read(reply) == chunks
+
+
+@manual_time
+async def test_stream_that_says_nothing_is_handed_over_in_time(clock: ManualClock) -> None:
+    pings = [b": ping\n\n"] * 40
+    source = ScriptedChunks([*pings, b"x"], gap_s=1)
+    reply = await bound(FakeUpstream([Reply(chunks=source)]), clock)(chat_call(stream=True))
+    assert clock.monotonic() == 1016.0
+    assert await read(reply) == [*pings, b"x"]
+    source = ScriptedChunks([b"x", b"y"], gap_s=1)
+    reply = await bound(FakeUpstream([Reply(chunks=source)]), clock)(chat_call(stream=True).replace(op="/v1/other"))
+    assert clock.monotonic() == 1016.0 + 26 + 1
+
+
 @manual_time
 async def test_route_09_stream_broken_before_its_first_chunk_is_repeated(clock: ManualClock) -> None:
     broken = stream_of(errors.StatusError("overloaded", status=503))
@@ -382,7 +407,7 @@ async def test_route_09_stream_broken_later_is_interrupted_with_its_part(clock: 
 def test_more_exact_errors_of_a_stream_pass_unchanged(error: Exception) -> None:
     @manual_time
     async def run(clock: ManualClock) -> None:
-        reply = await bound(FakeUpstream([stream_of(b"x", error)]), clock)(chat_call(stream=True))
+        reply = await bound(FakeUpstream([stream_of(chat_chunks("x")[0], error)]), clock)(chat_call(stream=True))
         with pytest.raises(type(error)) as caught:
             await read(reply)
         assert caught.value is error
@@ -410,7 +435,7 @@ async def test_stream_is_closed_when_its_reader_leaves(clock: ManualClock) -> No
 
 
 @manual_time
-async def test_cancelled_while_waiting_for_the_first_chunk_closes_the_stream(clock: ManualClock) -> None:
+async def test_cancelled_while_waiting_for_the_first_token_closes_the_stream(clock: ManualClock) -> None:
     source = ScriptedChunks([b"x"], gap_s=5)
     task = asyncio.ensure_future(bound(FakeUpstream([Reply(chunks=source)]), clock)(chat_call(stream=True)))
     await asyncio.sleep(1)
