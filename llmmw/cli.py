@@ -50,13 +50,14 @@ def build_app() -> Any:
         api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
         agents: Annotated[int, typer.Option(min=1, help="How many agents ask.")] = 20,
         ticks: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 6,
+        max_tokens: Annotated[int | None, typer.Option(min=1, help="Bound on each answer.")] = None,
         json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
         chart: Annotated[Path | None, typer.Option(help="Write a chart here (png, svg, pdf).")] = None,
     ) -> None:
         """Run 20 agents for several ticks three ways: bare SDK one by one, all at once, and through llmmw."""
         if (base_url is None) != (model is None):
             raise typer.BadParameter("--base-url and --model go together")
-        _demo(Console(), base_url, model, api_key, (agents, ticks), json, chart)
+        _demo(Console(), base_url, model, api_key, (agents, ticks, max_tokens), json, chart)
 
     @app.command()
     def serve() -> None:
@@ -90,7 +91,7 @@ def _demo(
     base_url: str | None,
     model: str | None,
     api_key: str | None,
-    size: tuple[int, int],
+    size: tuple[int, int, int | None],
     json: Path | None,
     chart: Path | None,
 ) -> None:
@@ -100,10 +101,10 @@ def _demo(
     from llmmw.demo.workload import Trouble, Workload  # noqa: PLC0415
     from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415
 
-    agents, ticks = size
-    workload = Workload(agents=agents, ticks=ticks)
+    agents, ticks, max_tokens = size
+    workload = Workload(agents=agents, ticks=ticks, max_tokens=max_tokens)
     world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)
-    where = "the embedded server (emulated timing, not a model)" if base_url is None else base_url
+    where = "the embedded server (emulated timing, no model)" if base_url is None else base_url
     title = f"{agents} agents, {ticks} ticks, {workload.total} questions to {where}"
     console.print(title)
     if base_url is None:

@@ -77,6 +77,12 @@ class Setting(msgspec.Struct, frozen=True):
     model: str
     api_key: str | None = None
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Fields that bound the answer."""
+        bound = self.workload.max_tokens
+        return {} if bound is None else {"max_tokens": bound}
+
 
 async def bare(world: World, setting: Setting, progress: Progress, *, concurrently: bool) -> Result:
     """The openai SDK as it comes: its own connection pool and its default of two retries."""
@@ -88,7 +94,7 @@ async def bare(world: World, setting: Setting, progress: Progress, *, concurrent
             model=setting.model,
             messages=list(question.messages),
             temperature=0,
-            max_tokens=setting.workload.max_tokens,
+            **setting.limits,
         )
         if answer.usage is not None:
             result.tokens += answer.usage.total_tokens
@@ -111,7 +117,7 @@ async def through_llmmw(world: World, setting: Setting, progress: Progress) -> R
 
         async def ask(question: Question) -> None:
             with using(agent=question.agent, step=question.tick):
-                await client.chat(list(question.messages), temperature=0, max_tokens=setting.workload.max_tokens)
+                await client.chat(list(question.messages), temperature=0, **setting.limits)
 
         await _run(world, setting.workload, result, ask, progress, concurrently=True)
         result.stats = stats = client.get_performance_stats()

@@ -27,7 +27,8 @@ class Workload(msgspec.Struct, frozen=True):
 
     agents: int = 20
     ticks: int = 6
-    max_tokens: int = 8
+    max_tokens: int | None = None
+    """Bound on each answer. A cut answer is never cached, so a bound that cuts shows no hits."""
 
     @property
     def total(self) -> int:

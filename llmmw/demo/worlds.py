@@ -19,7 +19,7 @@ class EmbeddedWorld:
 
     def __init__(self, trouble: Trouble) -> None:
         self._trouble = trouble
-        timing = ServerConfig(latency="engine", step_s=0.004, max_num_seqs=64)
+        timing = ServerConfig(latency="engine", step_s=0.004, max_num_seqs=64, reply_tokens=10)
         self._primary = ServerProcess(timing)
         self._backup = ServerProcess(timing)
 
