@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import msgspec
 
@@ -75,7 +75,7 @@ def grouping(call: Call) -> Grouping | None:
     except (TypeError, ValueError, RecursionError):
         return None
     native: Any = call.native
-    headers: tuple[Any, ...] = native if isinstance(native, tuple) else ()
+    headers = cast("tuple[tuple[str, str], ...]", native) if isinstance(native, tuple) else ()
     return Grouping(kind._replace(headers=headers, rest=shared), joint=native is None or native is headers, twin=twin)
 
 
