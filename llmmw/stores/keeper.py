@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 60.0
+_BUSY_IS_TROUBLE = 4
+"""Tries of one write that found the database locked (about 0.1 s); fewer are everyday life among processes."""
 _MAX_QUARANTINES = 3
 """A disk that spoils databases that fast is left alone."""
 
@@ -35,6 +37,7 @@ class Keeper:
         self._retry_at = float("-inf")
         self._retry_s = _FIRST_RETRY_S
         self._quarantines = 0
+        self._busy = 0
         self._told: set[str] = set()
         self.given_up = False
         """The place must not be used, or spoils every database: nothing is tried any more."""
@@ -71,6 +74,7 @@ class Keeper:
         try:
             if not rows.set(key, entry, keep_s):
                 self.trouble("log too long", "a reader keeps the log from being emptied; writes are dropped")
+            self._busy = 0
         except Exception as error:  # noqa: BLE001 — see get
             return not self._is_busy(error)
         return True
@@ -82,6 +86,7 @@ class Keeper:
             return self.given_up
         try:
             rows.delete(key)
+            self._busy = 0
         except Exception as error:  # noqa: BLE001 — see get
             self._is_busy(error)
             return self.given_up
@@ -136,7 +141,9 @@ class Keeper:
         from llmmw.stores.rows import Busy  # noqa: PLC0415 — see get
 
         if isinstance(error, Busy) or (isinstance(error, sqlite3.OperationalError) and "locked" in str(error)):
-            self.trouble("busy")
+            self._busy += 1
+            if self._busy == _BUSY_IS_TROUBLE:
+                self.trouble("busy")
             return True
         self._failed(error)
         return False

@@ -5,6 +5,7 @@ Checked before anything is opened, because opening a FIFO blocks and following a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -36,9 +37,10 @@ def prepare(directory: Path, *, network: bool = False) -> None:
         raise Refused(f"{directory} is on a network file system ({kind}), where locks fail; network_directory=True")
     for name in _FILES:
         _check_file(directory / name)
-    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
-    # SQLite gives -wal and -shm the mode of the database file, so this one decides for all.
-    os.close(os.open(directory / DATABASE, flags, _PRIVATE_FILE))
+    # SQLite gives -wal and -shm the mode of the database file, so this one decides for all. An existing file is never
+    # opened here: closing it would drop the locks of every other connection of this process (POSIX).
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(directory / DATABASE, os.O_CREAT | os.O_EXCL | os.O_RDWR, _PRIVATE_FILE))
 
 
 def _make(directory: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,8 @@ Busy = diskcache.Timeout
 """Another process holds the write lock."""
 
 MAX_WAL_BYTES = 64 * 1024 * 1024
+_OPEN_TRIES, _OPEN_PAUSE_S = 50, 0.002
+"""Processes that start together open the database together, and each opening writes."""
 _DIGEST_BYTES = 16
 _MODE_RAW = 1
 _SETTINGS: dict[str, Any] = {
@@ -94,11 +97,23 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 
 
 class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """diskcache without its minute of retries: a lock held elsewhere is reported at once."""
+    """diskcache that tries for a tenth of a second, not for a minute, when the database is locked at opening."""
 
     @property
     def _sql_retry(self) -> Any:
-        return self._sql
+        execute = self._sql
+
+        def patiently(*statement: Any) -> Any:
+            for _ in range(_OPEN_TRIES):
+                try:
+                    return execute(*statement)
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        raise
+                    threading.Event().wait(_OPEN_PAUSE_S)
+            return execute(*statement)
+
+        return patiently
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database and empty it, if no reader is in the way."""
@@ -218,7 +233,7 @@ def _split(payload: bytes) -> tuple[str, bytes]:
 
 def _inspect(directory: Path) -> None:
     """Look at a database before diskcache does, which believes every word of its Settings table and its schema."""
-    connection = sqlite3.connect(directory / DATABASE, timeout=0, isolation_level=None)
+    connection = sqlite3.connect(directory / DATABASE, timeout=_OPEN_TRIES * _OPEN_PAUSE_S, isolation_level=None)
     try:
         connection.execute("PRAGMA trusted_schema = OFF")
         schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()

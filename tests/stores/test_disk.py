@@ -652,3 +652,14 @@ def test_what_is_queued_when_the_process_ends_is_written(place):
     rows = Rows(Path(place), 2**26)
     assert len(list(rows.keys())) == 50
     rows.close()
+
+
+async def test_processes_that_start_together_all_open_the_database(place):
+    await stored(place)
+    rigs = [Rig(place) for _ in range(8)]
+    found = await asyncio.gather(*(rig.store.get(KEY) for rig in rigs))
+    assert all(found)
+    for index, rig in enumerate(rigs):
+        rig.store.put(bytes([index]), entry(), 60)
+    await asyncio.gather(*(rig.store.aclose() for rig in rigs))
+    assert [(await found_in(place, bytes([index])))[0] is not None for index in range(8)] == [True] * 8
