@@ -96,18 +96,18 @@ class Ledger:
             cell.amount -= reserved - actual
             self._sum -= reserved - actual
 
-    def observe(self, spent: int, started: float, now: float, reset_s: float | None) -> None:
-        """The server counted `spent` units when it answered the request that started then.
+    def observe(self, remaining: int, started: float, now: float, reset_s: float | None) -> None:
+        """The server said how many units are left, in the answer to the request that started then.
 
-        What exceeds our own record up to that request was spent by others under the same limit; it counts until
-        the reset or the next view.
+        Where that is less than our own record up to that request leaves, others spend under the same limit; the
+        difference counts until the reset or the next view.
         """
         own = self.used(now) - self._foreign
         for cell in reversed(self._cells):
             if cell.at <= started:
                 break
             own -= cell.amount
-        self._foreign = max(0, spent - own)
+        self._foreign = max(0, self.limit - own - remaining)
         self._foreign_until = now + min(self.window if reset_s is None else reset_s, self.window)
 
     def record(self, now: float) -> list[tuple[float, int]]:

@@ -91,7 +91,8 @@ class _Class(Generic[T]):
         """A flow that comes back at once must not skip the share it has just used."""
         self._finished[name] = start
         if len(self._finished) > _MAX_REMEMBERED:
-            self._finished = {flow: tag for flow, tag in self._finished.items() if tag > self._virtual}
+            kept = {flow: tag for flow, tag in self._finished.items() if tag > self._virtual}
+            self._finished = kept if len(kept) <= _MAX_REMEMBERED // 2 else {}
 
 
 class FairQueue(Generic[T]):

@@ -218,7 +218,7 @@ class Allowance:
                 if reading.measure == _MEASURES[name] and reading.limit:
                     self._relimit(name, ledger, min(reading.limit, configured[name]), may_raise=may_raise)
                     if reading.remaining is not None:
-                        ledger.observe(max(0, reading.limit - reading.remaining), started, now, reading.reset_s)
+                        ledger.observe(reading.remaining, started, now, reading.reset_s)
 
     def _relimit(self, name: str, ledger: Ledger, told: int, *, may_raise: bool) -> None:
         """Lower at once, raise by 2 % a second: a raised limit may belong to another replica of the provider."""

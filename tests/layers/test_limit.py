@@ -467,8 +467,8 @@ def test_bad_settings_name_the_option():
     for options in (
         {"rpm": 0}, {"tpm": -1}, {"rpm": 1.5}, {"concurrency": 0}, {"concurrency": "4-2-8"}, {"concurrency": "many"},
         {"window": 0}, {"burst": 5}, {"rpm": 5, "burst": 6}, {"per": "user"}, {"oversize": "hang"}, {"age_bound": "x"},
-        {"weights": {"a": 0}}, {"reserve": "some"}, {"cached_input": "half"}, {"concurrency": "1-2-3", "adaptive": False},
-        {"rps": 5},
+        {"weights": {"a": 0}}, {"reserve": "some"}, {"cached_input": "half"},
+        {"concurrency": "1-2-3", "adaptive": False}, {"rps": 5},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(options))):
             RateLimiter(**options)
@@ -480,3 +480,240 @@ def test_settings_compare_print_and_hash():
     assert hash(layer) == hash(RateLimiter(600, 200_000, 64))
     assert "rpm=600" in repr(layer)
     assert layer.role is Role.LIMIT
+
+
+@manual_time
+async def test_limit_05_returned_units_never_come_on_top_of_a_full_burst(clock):
+    failing = [ConnectionFailed("pool") for _ in range(5)]
+    upstream = FakeUpstream(failing)
+    bound = limiter(clock, upstream, rpm=60)
+    await asyncio.gather(*(bound(chat_call()) for _ in range(5)), return_exceptions=True)
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(5)))  # on credit
+    assert clock.monotonic() == began
+    await asyncio.gather(*(bound(chat_call()) for _ in range(2)), return_exceptions=True)
+    upstream._script.extend([ConnectionFailed("pool")] * 2)
+    await asyncio.gather(*(bound(chat_call()) for _ in range(2)), return_exceptions=True)
+    await asyncio.sleep(300)
+    began, asked = clock.monotonic(), len(upstream.calls)
+    tasks = [asyncio.ensure_future(bound(chat_call())) for _ in range(8)]
+    await asyncio.sleep(0.01)
+    assert len(upstream.calls) - asked == 5
+    await asyncio.gather(*tasks)
+
+
+@manual_time
+async def test_limit_05_credits_do_not_break_the_window(clock):
+    sent = []
+
+    async def flaky(call):
+        if len(sent) % 3 == 1 and not call.native:
+            raise ConnectionFailed("pool")
+        sent.append(clock.monotonic())
+        return answered(1, 1)
+
+    bound = limiter(clock, flaky, rpm=12, window=10)
+
+    async def caller(n):
+        await asyncio.sleep(n * 0.37)
+        try:
+            await bound(chat_call())
+        except ConnectionFailed:
+            await bound(chat_call().replace(native=True))
+
+    await asyncio.gather(*(caller(n) for n in range(120)))
+    assert len(sent) == 120
+    assert most_in_any_window(sent, 10) <= 12
+
+
+@manual_time
+async def test_a_waiter_that_gives_up_lets_the_next_one_pass(clock):
+    upstream = Recorder(clock, answer=lambda call: answered(10, 0))
+    bound = limiter(clock, upstream, tpm=1000, age_bound=0.001)
+    await bound(chat_call("x" * 3600, max_tokens=1))
+    bound.reconfigure(tpm=400)
+    large = asyncio.ensure_future(bound(chat_call("x" * 1580, max_tokens=1)))
+    await asyncio.sleep(0.01)
+    small = asyncio.ensure_future(bound(chat_call("x" * 360, max_tokens=1)))
+    await asyncio.sleep(0.01)
+    assert not small.done()
+    large.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert small.done()
+
+
+@manual_time
+async def test_headers_lower_the_limit_at_once_and_raise_it_slowly(clock):
+    def told(limit, remaining):
+        headers = (
+            ("x-ratelimit-limit-requests", str(limit)),
+            ("x-ratelimit-remaining-requests", str(remaining)),
+            ("x-ratelimit-reset-requests", "60s"),
+            ("x-ratelimit-limit-tokens", "-1"),
+        )
+        return lambda call: answered(1, 1, headers=headers)
+
+    upstream = FakeUpstream([told(12, 11)])
+    bound = limiter(clock, upstream, rpm=600)
+    await bound(chat_call())
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(12)))
+    assert clock.monotonic() - began > 50
+    assert level(bound, "headers_ignored") == 1
+    upstream._script.extend(told(600, 500) for _ in range(400))
+    began, asked = clock.monotonic(), len(upstream.calls)
+    tasks = [asyncio.ensure_future(bound(chat_call())) for _ in range(300)]
+    await asyncio.sleep(60)
+    assert len(upstream.calls) - asked < 60
+    await asyncio.gather(*tasks)
+    assert clock.monotonic() - began < 600
+
+
+@manual_time
+async def test_what_others_spend_under_the_same_limit_counts(clock):
+    headers = (
+        ("x-ratelimit-limit-tokens", "1000"),
+        ("x-ratelimit-remaining-tokens", "50"),
+        ("x-ratelimit-reset-tokens", "20s"),
+    )
+    bound = limiter(clock, FakeUpstream([lambda call: answered(10, 0, headers=headers)]), tpm=1000)
+    await bound(chat_call(max_tokens=1))
+    began = clock.monotonic()
+    await bound(chat_call("x" * 400, max_tokens=1))
+    assert clock.monotonic() - began == pytest.approx(20, abs=0.01)
+    deaf = limiter(clock, FakeUpstream([lambda call: answered(10, 0, headers=headers)]), tpm=1000, headers=False)
+    await deaf(chat_call(max_tokens=1))
+    began = clock.monotonic()
+    await deaf(chat_call("x" * 400, max_tokens=1))
+    assert clock.monotonic() == began
+
+
+def test_limit_12_one_loop_after_another_keeps_the_levels():
+    from llmmw.testing.clock import ManualClock
+
+    clock = ManualClock()
+    times = []
+
+    async def inner(call):
+        times.append(clock.monotonic())
+        return answered(3, 2)
+
+    bound = limiter(clock, inner, rpm=4, tpm=1000, window=10, concurrency=2)
+
+    async def burst(count, patience):
+        tasks = [asyncio.ensure_future(bound(chat_call())) for _ in range(count)]
+        await asyncio.wait(tasks, timeout=patience)
+
+    clock.run(burst(4, 2.6))  # ends with waiters
+    assert len(times) == 2
+    for _ in range(3):
+        bound.rehome()
+        clock.run(burst(3, 6.0))
+    bound.rehome()
+    assert most_in_any_window(times, 10) <= 4
+    assert level(bound, "in_use") == 0
+    assert level(bound, "waiting") == 0
+    assert level(bound, "requests_in_window") > 0
+
+
+@manual_time
+async def test_permit_of_a_dead_loop_is_not_given_back_twice(clock):
+    release = asyncio.Event()
+
+    async def inner(call):
+        await release.wait()
+        return answered(3, 2)
+
+    bound = limiter(clock, inner, concurrency=1)
+    old = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    bound.rehome()
+    new = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    assert level(bound, "in_use") == 1
+    release.set()
+    await asyncio.gather(old, new)
+    assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_idle_buckets_are_forgotten_when_there_are_too_many(clock):
+    bound = limiter(clock, Recorder(clock), rpm=10, window=1)
+    for n in range(1500):
+        await bound(chat_call().replace(namespace=f"tenant {n}"))
+        if n == 700:
+            await asyncio.sleep(2)
+    assert level(bound, "buckets") <= 1000
+
+
+@manual_time
+async def test_route_13_refusals_teach_a_pace(clock):
+    upstream = FakeUpstream([error_reply(429), error_reply(429)])
+    bound = limiter(clock, upstream, concurrency=2)
+    assert "learnt_per_s" not in bound.gauges()
+    for _ in range(4):
+        await bound(chat_call())
+    assert level(bound, "pauses") >= 1
+    assert 1 <= level(bound, "concurrency") <= 2
+
+
+@manual_time
+async def test_stream_that_breaks_is_judged_like_a_call(clock):
+    broken = Reply(chunks=ScriptedChunks([b"x", UpstreamTimeout("between chunks")]))
+    bound = limiter(clock, FakeUpstream([broken]), tpm=1000, concurrency=4)
+    reply = await bound(chat_call(stream=True, max_tokens=10))
+    with pytest.raises(UpstreamTimeout):
+        async for _ in reply.chunks:
+            pass
+    assert level(bound, "in_use") == 0
+    assert level(bound, "concurrency") == 2
+    assert level(bound, "total_in_window") >= 10
+
+
+@manual_time
+async def test_deadline_that_passes_in_the_queue_is_told(clock):
+    bound = limiter(clock, Recorder(clock, latency_s=5.0), concurrency=1)
+    running = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    with pytest.raises(RateLimited, match="deadline passed"):
+        await bound(chat_call(context=Context(deadline=clock.monotonic() + 1)))
+    await running
+
+
+@manual_time
+async def test_reserving_the_maximum_and_learning_the_usual_length(clock):
+    upstream = FakeUpstream([lambda call: answered(10, 20) for _ in range(30)])
+    learned = limiter(clock, upstream, tpm=100_000)
+    for _ in range(10):
+        await learned(chat_call())
+    before = level(learned, "total_in_window")
+    slow = FakeUpstream([], latency_s=5.0)
+    learned.inner = slow
+    pending = asyncio.ensure_future(learned(chat_call(max_tokens=5000, n=2)))
+    await asyncio.sleep(0)
+    assert level(learned, "total_in_window") - before < 60
+    await pending
+    full = limiter(clock, slow, tpm=100_000, reserve="max")
+    pending = asyncio.ensure_future(full(chat_call(max_tokens=5000, n=2)))
+    await asyncio.sleep(0)
+    assert level(full, "total_in_window") > 10_000
+    await pending
+
+
+@manual_time
+async def test_local_servers_are_not_approached_gently(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    layer = RateLimiter()
+    env = Env(clock=clock)
+    await asyncio.gather(*(layer.bind(upstream, env.endowed(frozenset({"idempotent"})))(chat_call()) for _ in range(1)))
+    bound = layer.bind(upstream, env.endowed(frozenset({"idempotent"})))
+    await asyncio.gather(*(bound(chat_call()) for _ in range(50)))
+    assert upstream.peak == 50
+    gentle = Recorder(clock, latency_s=1.0)
+    unknown = layer.bind(gentle, env)
+    began = clock.monotonic()
+    await asyncio.gather(*(unknown(chat_call()) for _ in range(50)))
+    assert gentle.times.count(began) == 8
+    assert clock.monotonic() - began < 1.5
