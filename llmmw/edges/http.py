@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from llmmw.env import Env
     from llmmw.errors import LLMMWError
     from llmmw.stack import Stack
+    from llmmw.wire import Headers
 
 
 CREDENTIALS = frozenset({
@@ -53,7 +54,8 @@ CREDENTIALS = frozenset({
 _NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "accept-encoding"}
 """The pool writes its own."""
 _DECODER = msgspec.json.Decoder(dict[str, Any])
-_MAX_PLACES = 1024
+_REMEMBERED = 1024
+"""URLs and sets of headers whose reading is kept: a client has a handful of each."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -64,6 +66,17 @@ class Place(msgspec.Struct, frozen=True):
     target: str
     variant: tuple[tuple[str, str], ...]
     credential: str
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What the headers of a request say about it."""
+
+    headers: Headers
+    """Those that are sent on, with lower-case names."""
+    variant: Headers
+    credential: str
+    repeated: bool
+    """Whether the SDK says that it has sent this request before."""
 
 
 class Repeated(Exception):
@@ -102,6 +115,7 @@ class HTTPEdge:
         directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
         self._namespaces = Namespaces(directory)
         self._places: dict[str, Place] = {}
+        self._heads: dict[tuple[tuple[bytes, bytes], ...], Head] = {}
         self._warned = False
 
     # ── request → call ──────────────────────────────────────────────────────────────────────────────────────────
@@ -122,20 +136,12 @@ class HTTPEdge:
             Repeated: the SDK repeats what was given up.
         """
         place = self._places.get(url) or self._learn(url)
-        kept: list[tuple[str, str]] = []
-        variant = place.variant
-        credential = place.credential
-        for raw_name, raw_value in headers:
-            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            if name in _NOT_FORWARDED:
-                continue
-            kept.append((name, value))
-            if name in CREDENTIALS:
-                credential = f"{credential}\n{name}: {value}"
-            elif name in VARIANT_HEADERS:
-                variant = tuple(sorted((*variant, (name, value))))
-            elif name == "x-stainless-retry-count" and value != "0":
-                self._repeated(url, body)
+        # An SDK sends the same headers with every request, but for the length.
+        sent = tuple([pair for pair in headers if pair[0] != b"Content-Length"])
+        head = self._heads.get(sent) or self._read(sent)
+        if head.repeated:
+            self._repeated(url, body)
+        variant = tuple(sorted(place.variant + head.variant)) if place.variant else head.variant
         payload = _payload(body) if place.known and method == "POST" else None
         context = current_context()
         model = None if payload is None else payload.get("model")
@@ -145,16 +151,29 @@ class HTTPEdge:
             {} if payload is None else payload,
             payload is not None and payload.get("stream") is True,
             context,
-            TimedRequest(method, url, tuple(kept), body, timeout.get("read")),
+            TimedRequest(method, url, head.headers, body, timeout.get("read")),
             place.target,
-            self._namespaces.of(credential, context.tenant),
+            self._namespaces.of(place.credential + head.credential, context.tenant),
             variant,
             connect_s=timeout.get("connect"),
             direct=payload is None,
         )
 
+    def _read(self, sent: tuple[tuple[bytes, bytes], ...]) -> Head:
+        decoded = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in sent]
+        head = Head(
+            tuple(pair for pair in decoded if pair[0] not in _NOT_FORWARDED),
+            tuple(sorted(pair for pair in decoded if pair[0] in VARIANT_HEADERS)),
+            "".join(f"\n{name}: {value}" for name, value in decoded if name in CREDENTIALS),
+            any(name == "x-stainless-retry-count" and value != "0" for name, value in decoded),
+        )
+        if len(self._heads) >= _REMEMBERED:
+            self._heads.clear()
+        self._heads[sent] = head
+        return head
+
     def _learn(self, url: str) -> Place:
-        if len(self._places) >= _MAX_PLACES:
+        if len(self._places) >= _REMEMBERED:
             self._places.clear()
         parts = urlsplit(url)
         op = op_of(parts.path)

@@ -127,10 +127,11 @@ def test_a_stream_is_recognised(edge):
     assert call_of(edge, body=b'{"model": 3}').model == ""
 
 
-def test_urls_are_remembered_within_bounds(edge):
+def test_urls_and_headers_are_remembered_within_bounds(edge):
     for number in range(3000):
-        call_of(edge, f"{CHAT}?n={number}")
+        call_of(edge, f"{CHAT}?n={number}", x_number=str(number))
     assert len(edge._places) <= 1024
+    assert len(edge._heads) <= 1024
 
 
 def test_the_namespace_secret_lives_in_the_cache_directory(tmp_path):

@@ -213,7 +213,7 @@ async def test_without_a_retry_layer_the_sdk_retries_as_it_always_did(connect, s
 
 
 async def test_route_03_a_time_out_is_the_sdks_and_nobody_repeats_it(connect, server):
-    driver = connect(RETRYING, timeout=0.15, max_retries=2)
+    driver = connect(RETRYING, timeout=0.08, max_retries=2)
     driver.without_sleeps()
     server.add_fault(FaultRule(kind="hang"))
     with pytest.raises(driver.errors.APITimeoutError):
