@@ -20,6 +20,7 @@ _IMAGES = frozenset({"image_url", "image", "input_image"})
 _MAX_DEPTH = 6
 _UNTOLD_OUTPUT = 512
 """Expected output before anything was learned and where the call sets no maximum."""
+_PROMPT_FIELDS = ("messages", "prompt", "input", "system", "tools")
 _OUTPUT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -29,14 +30,12 @@ def prompt_tokens(payload: Mapping[str, Any]) -> int:
     Reads messages (of one or several conversations), prompt, input, system and tools; of a payload with none of
     them (a function's arguments) every text.
     """
-    found = 0
-    known = False
-    for name in ("messages", "prompt", "input", "system", "tools"):
+    found = -1
+    for name in _PROMPT_FIELDS:
         value = payload.get(name)
         if value is not None:
-            known = True
-            found += _measure(value, 0)
-    return found if known else _measure(dict(payload), 0)
+            found = max(found, 0) + _measure(value, 0)
+    return found if found >= 0 else _measure(dict(payload), 0)
 
 
 def output_cap(payload: Mapping[str, Any]) -> int | None:
@@ -52,11 +51,11 @@ def choices(payload: Mapping[str, Any]) -> int:
     """How many answers the call asks for: conversations or prompts, times `n`."""
     n = payload.get("n")
     each = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
-    for name in ("messages", "prompt"):
-        listed = items(payload.get(name))
-        if listed and isinstance(listed[0], list if name == "messages" else (str, list)):
-            return each * len(listed)
-    return each
+    listed = items(payload.get("messages"))
+    if listed:
+        return each * len(listed) if isinstance(listed[0], list) else each
+    listed = items(payload.get("prompt"))
+    return each * len(listed) if listed and isinstance(listed[0], str | list) else each
 
 
 class LearnedOutput:

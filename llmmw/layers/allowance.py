@@ -59,7 +59,7 @@ class Permit:
         self.epoch = epoch
         """The home loop under which it was granted; -1 once it was given back."""
         self.request: Cell | None = None
-        self.cells: tuple[Cell, ...] = ()
+        self.cells: list[Cell] | tuple[()] = ()
         self.choices = 1
 
 
@@ -104,9 +104,10 @@ class Allowance:
 
     def tokens_fit(self, amounts: tuple[int, ...], now: float) -> bool:
         """Whether these reservations fit now."""
-        return not amounts or all(
-            ledger.fits(amount, now) for (_, ledger), amount in zip(self.tokens, amounts, strict=True)
-        )
+        for (_, ledger), amount in zip(self.tokens, amounts, strict=True) if amounts else ():
+            if not ledger.fits(amount, now):
+                return False
+        return True
 
     def tokens_at(self, amounts: tuple[int, ...], now: float) -> float:
         """When these reservations would fit if nothing else were spent."""
@@ -129,7 +130,7 @@ class Allowance:
             permit.request = self.requests.spend(1, now)
         if amounts:
             pairs = zip(self.tokens, amounts, strict=True)
-            permit.cells = tuple(ledger.spend(amount, now) for (_, ledger), amount in pairs)
+            permit.cells = [ledger.spend(amount, now) for (_, ledger), amount in pairs]
         self.pace.granted(now)
         return permit
 
@@ -152,10 +153,10 @@ class Allowance:
             return False
         if usage.reported and permit.amounts:
             now = self._clock()
-            actual = {"total": usage.total_tokens, "input": usage.input_tokens, "output": usage.output_tokens}
+            cached = usage.cached_tokens if self.limits.cached_free else 0
             for (name, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
-                free = usage.cached_tokens if self.limits.cached_free and name != "output" else 0
-                ledger.settle(cell, amount, max(0, actual[name] - free), now)
+                spent = 0 if name == "output" else max(0, usage.input_tokens - cached)
+                ledger.settle(cell, amount, spent if name == "input" else spent + usage.output_tokens, now)
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well and self.aimd is not None:

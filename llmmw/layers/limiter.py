@@ -159,14 +159,17 @@ class BoundLimiter(Bound):
         Raises:
             RateLimited: more than a whole limit, with oversize="refuse".
         """
-        prompt = estimate.prompt_tokens(call.payload)
-        cap = estimate.output_cap(call.payload)
-        reserve_cap = cap is not None and self._layer.reserve == "max"
-        each = cap if cap is not None and reserve_cap else gate.allowance.learned.expect(cap)
-        choices = estimate.choices(call.payload)
-        output = each * choices
-        amounts = {"total": prompt + output, "input": prompt, "output": output}
-        found = tuple(amounts[name] for name, _ in gate.allowance.tokens)
+        payload = call.payload
+        prompt, choices = estimate.prompt_tokens(payload), estimate.choices(payload)
+        cap = estimate.output_cap(payload)
+        told = cap is not None and self._layer.reserve == "max"
+        output = (cap if cap is not None and told else gate.allowance.learned.expect(cap)) * choices
+        found = tuple(
+            [
+                prompt + output if name == "total" else prompt if name == "input" else output
+                for name, _ in gate.allowance.tokens
+            ]
+        )
         if self._layer.oversize == "refuse":
             for (name, ledger), amount in zip(gate.allowance.tokens, found, strict=True):
                 if amount > ledger.limit:
