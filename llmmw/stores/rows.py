@@ -28,8 +28,8 @@ Busy = diskcache.Timeout
 """Another process holds the write lock."""
 
 MAX_WAL_BYTES = 64 * 1024 * 1024
-_OPEN_TRIES, _OPEN_PAUSE_S = 50, 0.002
-"""Processes that start together open the database together, and each opening writes."""
+_OPEN_TRIES, _OPEN_PAUSE_S = 100, 0.002
+"""Processes that start together make the database together."""
 _DIGEST_BYTES = 16
 _MODE_RAW = 1
 _SETTINGS: dict[str, Any] = {
@@ -97,13 +97,15 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 
 
 class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """diskcache that tries for a tenth of a second, not for a minute, when the database is locked at opening."""
+    """diskcache that tries for a fifth of a second, not for a minute, when the database is locked at opening."""
 
     @property
     def _sql_retry(self) -> Any:
         execute = self._sql
 
         def patiently(*statement: Any) -> Any:
+            if self._holds_already(*statement):
+                return None  # opening would else write each setting anew, twice, and need the lock for it
             for _ in range(_OPEN_TRIES):
                 try:
                     return execute(*statement)
@@ -114,6 +116,18 @@ class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
             return execute(*statement)
 
         return patiently
+
+    def _holds_already(self, sql: str, values: tuple[Any, ...] = ()) -> bool:
+        """Whether a statement would write into Settings what stands there."""
+        if sql.startswith("INSERT OR IGNORE INTO Settings"):
+            query, values = "SELECT 1 FROM Settings WHERE key = ?", values[:1]
+        elif sql.startswith("INSERT OR REPLACE INTO Settings"):
+            query = "SELECT 1 FROM Settings WHERE key = ? AND value IS ?"
+        elif sql.startswith("UPDATE Settings"):
+            query = "SELECT 1 FROM Settings WHERE value IS ? AND key = ?"
+        else:
+            return False
+        return self._sql(query, values).fetchone() is not None
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database and empty it, if no reader is in the way."""

@@ -204,8 +204,16 @@ async def test_disk_02_a_lock_held_elsewhere_delays_neither_reads_nor_the_loop(p
     assert (await found_in(place, b"newer"))[0] is not None
 
 
-async def test_disk_02_a_database_locked_when_it_is_opened_is_a_miss_and_opened_later(place, monkeypatch):
+async def test_disk_02_opening_a_database_that_is_locked_needs_no_lock(place):
     await stored(place)
+    lock = await asyncio.to_thread(Lock, place)
+    assert (await found_in(place))[0] is not None
+    await asyncio.to_thread(lock.release)
+
+
+async def test_disk_02_a_database_locked_while_it_must_be_completed_is_a_miss_and_opened_later(place):
+    await stored(place)
+    change(place, "DELETE FROM Settings WHERE key = 'cull_limit'")
     rig = Rig(place)
     lock = await asyncio.to_thread(Lock, place)
     assert await rig.store.get(KEY) is None
