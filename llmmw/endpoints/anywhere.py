@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llmmw.endpoints.openai import HTTPEndpoint
-from llmmw.env import Env
+from llmmw.env import SYSTEM_CLOCK, Env
 from llmmw.errors import UpstreamTimeout
+from llmmw.interrupt import TimedChunks, Until
 from llmmw.pool.guard import origin_of
 from llmmw.wire import HTTPRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from llmmw.call import Call, Reply
+    from llmmw.answer import Usage
+    from llmmw.call import Call, Chunk, Chunks, Reply
     from llmmw.endpoints.base import Endpoint
+    from llmmw.env import Clock
     from llmmw.pool import ConnectionPool
 
 
@@ -87,7 +89,8 @@ class Anywhere:
 class Patient:
     """An endpoint that keeps the read time-out of each request, per attempt.
 
-    For a whole answer it bounds the time until it is there, for a stream the time until its head is there.
+    It bounds the time until a whole answer is there; of a stream the time until its head is there and, as the HTTP
+    libraries do, each wait for the next piece.
 
     Args:
         inner: the endpoint itself.
@@ -95,6 +98,7 @@ class Patient:
 
     def __init__(self, inner: Endpoint) -> None:
         self._inner = inner
+        self._clock = SYSTEM_CLOCK
         self.capabilities: frozenset[str] = frozenset(getattr(inner, "capabilities", ()))
 
     @property
@@ -104,6 +108,7 @@ class Patient:
 
     def start(self, env: Env) -> None:
         """Start the inner endpoint."""
+        self._clock = env.clock
         self._inner.start(env)
 
     async def __call__(self, call: Call, /) -> Reply:
@@ -116,14 +121,9 @@ class Patient:
         limit = native.read_s if isinstance(native, TimedRequest) else None
         if limit is None:
             return await self._inner(call)
-        timer = asyncio.timeout(limit)
-        try:
-            async with timer:
-                return await self._inner(call)
-        except TimeoutError:
-            if not timer.expired():
-                raise
-            raise UpstreamTimeout(f"no answer within the request's own time-out of {limit:g} s") from None
+        due = self._clock.monotonic() + limit
+        reply = await Until(self._inner(call), self._clock, lambda: due, lambda: _late(limit))
+        return reply if reply.chunks is None else reply.replace(chunks=_PatientChunks(reply.chunks, self._clock, limit))
 
     def rehome(self) -> None:
         """Tell the inner endpoint."""
@@ -135,3 +135,31 @@ class Patient:
 
     def __repr__(self) -> str:
         return repr(self._inner)
+
+
+class _PatientChunks:
+    """A stream each of whose pieces comes in time."""
+
+    def __init__(self, inner: Chunks, clock: Clock, limit: float) -> None:
+        self._inner = TimedChunks(inner, clock, lambda: self._due, lambda: _late(limit))
+        self._clock = clock
+        self._limit = limit
+        self._due = 0.0
+
+    @property
+    def usage(self) -> Usage:
+        return self._inner.usage
+
+    def __aiter__(self) -> _PatientChunks:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        self._due = self._clock.monotonic() + self._limit
+        return await self._inner.__anext__()
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def _late(limit: float) -> UpstreamTimeout:
+    return UpstreamTimeout(f"nothing came within the request's own time-out of {limit:g} s")

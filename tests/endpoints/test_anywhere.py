@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from llmmw.call import Call
+from llmmw.call import Call, Reply
 from llmmw.endpoints.anywhere import Anywhere, Patient, TimedRequest
 from llmmw.env import Env
 from llmmw.errors import ConfigError, UpstreamTimeout
 from llmmw.testing.clock import manual_time
-from llmmw.testing.fake import FakeUpstream, chat_call
+from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, chat_chunks
 from llmmw.testing.server import ServerConfig, running_server
 
 
@@ -62,6 +62,24 @@ async def test_the_requests_own_time_out_bounds_each_attempt(clock):
     long = TimedRequest("POST", "http://fake.test", read_s=10.0)
     for kept in (long, TimedRequest("POST", "http://fake.test"), None):
         assert (await patient(chat_call().replace(native=kept))).ok
+
+
+@manual_time
+async def test_each_piece_of_a_stream_must_come_in_time(clock):
+    fast, slow = ScriptedChunks(chat_chunks("one two"), gap_s=1.5), ScriptedChunks(chat_chunks("one two"), gap_s=3.0)
+    patient = Patient(FakeUpstream([Reply(chunks=fast), Reply(chunks=slow)]))
+    patient.start(Env())
+    native = TimedRequest("POST", "http://fake.test", read_s=2.0)
+    reply = await patient(chat_call(stream=True).replace(native=native))
+    assert len([chunk async for chunk in reply.chunks]) == 5
+    assert reply.chunks.usage.output_tokens == 2
+    began = clock.monotonic()
+    reply = await patient(chat_call(stream=True).replace(native=native))
+    with pytest.raises(UpstreamTimeout, match="2 s"):
+        await anext(aiter(reply.chunks))
+    assert clock.monotonic() - began == pytest.approx(2.0)
+    assert slow.closed
+    await reply.chunks.aclose()
 
 
 @manual_time
