@@ -111,7 +111,7 @@ _ABANDONED = Fault(FaultKind.CANCELLED)
 
 def _speaks(fault: Fault | None) -> Result:
     """What an outcome says about the endpoint."""
-    if fault is None or fault.kind is FaultKind.CONTENT_FILTER:
+    if fault is None:
         return "ok"
     return "failed" if fault.kind in HURTS_ENDPOINT and not fault.local else "neutral"
 
@@ -152,6 +152,9 @@ class BoundBreaker(Bound):
         except BaseException as error:
             self._judge(admitted, error)
             raise
+        if reply.chunks is None:
+            self._judge(admitted, reply)
+            return reply
         return at_end(reply, lambda end: self._ended(admitted, reply, end))
 
     def rehome(self) -> None:
@@ -177,11 +180,14 @@ class BoundBreaker(Bound):
             self._settle(admitted, _ABANDONED, 0, None)
 
     def _judge(self, admitted: _Admitted, outcome: Reply | BaseException) -> None:
-        fault = classify(outcome, wall=self.env.clock.wall())
-        self._settle(admitted, fault, exchange_of(outcome), outcome if isinstance(outcome, Reply) else None)
+        reply = outcome if isinstance(outcome, Reply) else None
+        # Whatever a content filter did to an answer, its endpoint answers.
+        well = reply is not None and reply.ok
+        fault = None if well else classify(outcome, wall=self.env.clock.wall())
+        self._settle(admitted, fault, exchange_of(outcome), reply)
 
     def _settle(self, admitted: _Admitted, fault: Fault | None, exchange: int, reply: Reply | None) -> None:
-        now, draw = self.env.clock.monotonic(), self.env.rng.random()
+        now, draw = self.env.clock.monotonic(), 0.0 if fault is None else self.env.rng.random()
         call, line = admitted.call, admitted.line
         asked = None if fault is None else fault.retry_after_s
         result = _speaks(fault)

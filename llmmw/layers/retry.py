@@ -98,11 +98,11 @@ class BoundRetry(Bound):
         try:
             while True:
                 outcome = await make_attempt(self.inner, call)
-                fault = classify(outcome, wall=self.env.clock.wall())
-                if fault is None and isinstance(outcome, Reply):
+                if isinstance(outcome, Reply) and outcome.ok:
                     self._budget.call_succeeded(cost)
                     return outcome.replace(attempts=attempts) if attempts else outcome
-                assert fault is not None  # noqa: S101 — only a reply can be without fault
+                fault = classify(outcome, wall=self.env.clock.wall())
+                assert fault is not None  # noqa: S101 — only a success is without fault
                 verdict = self._judge(call, progress, fault)
                 cost = cost_of(fault, paced=self._paced)
                 again = verdict.again and self._budget.take(cost, self.env.clock.monotonic(), exchange_of(outcome))
@@ -133,8 +133,7 @@ class BoundRetry(Bound):
 
     def _give_up(self, outcome: Reply | Exception, attempts: tuple[Attempt, ...]) -> Reply:
         if isinstance(outcome, Reply):
-            # An answer that a content filter ended is an answer: its history is what came before it.
-            return outcome.replace(attempts=attempts[:-1] if outcome.ok else attempts)
+            return outcome.replace(attempts=attempts)
         repeatable = self._rules.duplicate_ok or self._rules.idempotent
         if isinstance(outcome, UpstreamTimeout) and outcome.sent and not repeatable:
             said = outcome.message or "no complete answer in time"

@@ -178,8 +178,11 @@ class BoundRouter(Bound):
             if left < 1:
                 return None
             if failures:
-                self.env.emit(FellBack(failures[-1].route.name, route.name, failures[-1].fault.kind.value))
+                source = failures[-1].route.name or call.target
+                self.env.emit(FellBack(source, route.name, failures[-1].fault.kind.value))
             outcome = await make_attempt(route.handler, self._addressed(call, index, left))
+            if isinstance(outcome, Reply) and outcome.ok and not self._rules.on_content_filter:
+                return _answer(outcome, route, attempts, fallback=index > 0)
             fault = classify(outcome, wall=self.env.clock.wall())
             if isinstance(outcome, Reply) and (fault is None or (outcome.ok and not self._goes_on(fault, index))):
                 return _answer(outcome, route, attempts, fallback=index > 0)

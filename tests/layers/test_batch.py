@@ -14,6 +14,7 @@ from llmmw.env import Env
 from llmmw.events import BatchFlushed, Event
 from llmmw.layers.batch import Batcher, BoundBatcher
 from llmmw.layers.breaker import CircuitBreaker
+from llmmw.layers.coalesce import Coalescer
 from llmmw.layers.entrance import Entrance
 from llmmw.layers.retry import Retry
 from llmmw.testing.clock import ManualClock, manual_time
@@ -503,6 +504,20 @@ async def test_cancelled_twin_leaves_the_other_its_answer(clock: ManualClock) ->
     await asyncio.sleep(0.5)
     one.cancel()
     assert (await two).text == "echo: a"
+
+
+@manual_time
+async def test_order_01_cancelled_follower_leaves_its_flights_item_in_the_batch(clock: ManualClock) -> None:
+    upstream = BatchServer()
+    env = Env(clock=clock, seed=1).endowed(JOINT)
+    upstream.start(env)
+    flights = Coalescer().bind(Batcher().bind(upstream, env), env)
+    tasks = start(flights, "a", "a", "b", temperature=0)
+    await asyncio.sleep(0.5)
+    tasks[1].cancel()
+    replies = await asyncio.gather(tasks[0], tasks[2])
+    assert [reply.text for reply in replies] == ["echo: a", "echo: b"]
+    assert sizes(upstream) == [2]
 
 
 @manual_time

@@ -257,6 +257,25 @@ async def test_opening_sheds_what_waits_below(clock: ManualClock) -> None:
     assert first is not second
 
 
+@manual_time
+async def test_opening_frees_the_limiters_queue_at_once(clock: ManualClock) -> None:
+    from llmmw.layers.limit import RateLimiter
+    from llmmw.stack import Stack
+
+    upstream = FakeUpstream([error_reply(500)] * 5, latency_s=1)
+    async with Stack(CircuitBreaker(), RateLimiter(concurrency=1)).bind(
+        upstream, env=Env(clock=clock, seed=1)
+    ) as engine:
+        calls = (engine.call(chat_call(str(i))) for i in range(40))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        # The permit of the fifth failure had passed to the next in line before the circuit could open.
+        assert len(upstream.calls) <= 6
+        assert sum(isinstance(outcome, errors.CircuitOpen) for outcome in outcomes) >= 34
+        assert clock.monotonic() <= 1006.0
+        await asyncio.sleep(6)
+        assert (await engine.call(chat_call())).ok
+
+
 # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -13,8 +13,9 @@ from llmmw.env import Env
 from llmmw.events import Event, RetryScheduled
 from llmmw.layers.base import Bound
 from llmmw.layers.retry import BoundRetry, Retry
+from llmmw.stack import Stack
 from llmmw.testing.clock import ManualClock, manual_time
-from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, chat_chunks, error_reply
+from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
 
 if TYPE_CHECKING:
     from llmmw.call import Chunk, Handler
@@ -148,8 +149,6 @@ async def test_circuit_open_ends_the_loop(clock: ManualClock) -> None:
 
 @manual_time
 async def test_filtered_answer_is_an_answer(clock: ManualClock) -> None:
-    from llmmw.testing.fake import chat_body
-
     upstream = FakeUpstream([error_reply(500), Reply(data=chat_body("I", finish="content_filter"))])
     reply = await bound(upstream, clock)(chat_call())
     assert reply.text == "I"
@@ -293,6 +292,31 @@ async def test_429_storm_ends_without_failure(clock: ManualClock) -> None:
     replies = await asyncio.gather(*(retry(chat_call(str(i))) for i in range(30)))
     assert all(reply.ok for reply in replies)
     assert clock.monotonic() < 1010.0
+
+
+@pytest.mark.parametrize("wait", ["1", None])
+def test_429_storm_behind_a_limiter_ends_without_failure(wait: str | None) -> None:
+    from llmmw.layers.breaker import CircuitBreaker
+    from llmmw.layers.limit import RateLimiter
+
+    clock = ManualClock()
+    served: list[float] = []
+
+    def answer(_: Call) -> Reply:
+        now = clock.monotonic()
+        if sum(now - at < 1.0 for at in served) >= 10:
+            return error_reply(429, **({} if wait is None else {"retry_after": wait}))
+        served.append(now)
+        return Reply(data=chat_body("x"))
+
+    async def run() -> None:
+        upstream = FakeUpstream([answer] * 500, latency_s=0.1)
+        stack = Stack(Retry(), CircuitBreaker(), RateLimiter(concurrency=64))
+        async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
+            replies = await asyncio.gather(*(engine.call(chat_call(str(i))) for i in range(100)))
+            assert all(reply.ok for reply in replies)
+
+    clock.run(run())
 
 
 # ── budget ──────────────────────────────────────────────────────────────────────────────────────────────────────────
