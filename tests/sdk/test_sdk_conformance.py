@@ -82,6 +82,32 @@ class City(BaseModel):
     people: int
 
 
+async def test_streams_at_once_share_one_upstream_stream(connect, server):
+    driver = connect(CACHED)
+    server.add_fault(FaultRule(kind="slow", seconds=0.005))
+    streams = await asyncio.gather(*(driver.stream() for _ in range(10)))
+    texts = {driver.streamed_text(chunks) for chunks in streams}
+    assert len(texts) == 1
+    assert texts != {""}
+    assert server.stats(0)["received"] == 1
+    stats = driver.stats
+    assert stats["request_count"] == 10 == stats["coalesced"] + stats["cache_hits"] + stats["answered_upstream"]
+
+
+async def test_the_recommended_stack_serves_many(connect, server):
+    driver = connect(Stack.recommended(cache_ttl=60, rpm=60_000, tpm=100_000_000, concurrency=8, deadline=60))
+    prompts = [f"prompt {number % 20}" for number in range(40)]
+    answers = await asyncio.gather(*(driver.ask(prompt) for prompt in prompts))
+    assert len({driver.text(answer) for answer in answers}) == 20
+    assert await driver.stream("a stream")
+    assert server.stats(0)["received"] == 21
+    assert server.stats(0)["peak_in_flight"] <= 8
+    stats = driver.stats
+    assert stats["request_count"] == 41
+    assert stats["warnings"] == {}
+    assert stats["errors"] == stats["in_flight"] == 0
+
+
 @only("openai")
 async def test_embeddings_are_floats_and_shared(connect, server):
     driver = connect(CACHED)
