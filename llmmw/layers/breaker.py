@@ -9,6 +9,7 @@ import msgspec
 
 from llmmw.algo.circuit import Circuit, CircuitRules
 from llmmw.call import Reply
+from llmmw.copies import own_error
 from llmmw.errors import CircuitOpen
 from llmmw.events import CircuitChanged, RefusedEarly
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
@@ -92,7 +93,7 @@ class _Line:
         self.circuit = Circuit(rules)
         self.told = "closed"
         self.exchanges: deque[int] = deque(maxlen=_REMEMBERED_EXCHANGES)
-        self.refusal: Reply | None = None
+        self.refusal: Reply | Exception | None = None
         self.why = ""
 
 
@@ -177,16 +178,16 @@ class BoundBreaker(Bound):
             self._judge(admitted, end.error)
         else:
             # The reader left: the endpoint was answering, but nobody knows whether it would have to the end.
-            self._settle(admitted, _ABANDONED, 0, None)
+            self._settle(admitted, _ABANDONED, 0, reply)
 
     def _judge(self, admitted: _Admitted, outcome: Reply | BaseException) -> None:
         reply = outcome if isinstance(outcome, Reply) else None
         # Whatever a content filter did to an answer, its endpoint answers.
         well = reply is not None and reply.ok
         fault = None if well else classify(outcome, wall=self.env.clock.wall())
-        self._settle(admitted, fault, exchange_of(outcome), reply)
+        self._settle(admitted, fault, exchange_of(outcome), outcome)
 
-    def _settle(self, admitted: _Admitted, fault: Fault | None, exchange: int, reply: Reply | None) -> None:
+    def _settle(self, admitted: _Admitted, fault: Fault | None, exchange: int, outcome: Reply | BaseException) -> None:
         now, draw = self.env.clock.monotonic(), 0.0 if fault is None else self.env.rng.random()
         call, line = admitted.call, admitted.line
         asked = None if fault is None else fault.retry_after_s
@@ -198,12 +199,13 @@ class BoundBreaker(Bound):
         line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
         if self._tell(call, line) == "open":
             self._shed(call, line)
-        self._settle_credential(admitted, fault, reply, now, draw)
+        self._settle_credential(admitted, fault, outcome, now, draw)
 
     def _settle_credential(
-        self, admitted: _Admitted, fault: Fault | None, reply: Reply | None, now: float, draw: float
+        self, admitted: _Admitted, fault: Fault | None, outcome: Reply | BaseException, now: float, draw: float
     ) -> None:
-        hurts = fault is not None and fault.kind in HURTS_CREDENTIAL
+        # Which key a user's function uses is its own secret; one of several must not stop the others.
+        hurts = fault is not None and fault.kind in HURTS_CREDENTIAL and admitted.call.op != "function"
         line, ticket = admitted.credential, admitted.own_ticket
         if line is None and hurts:
             line = self._credential(admitted.call)
@@ -211,7 +213,7 @@ class BoundBreaker(Bound):
         if line is None or ticket is None:
             return
         if fault is not None and hurts:
-            line.refusal = reply
+            line.refusal = outcome if isinstance(outcome, Reply) else _keepable(outcome)
             line.why = fault.kind.value if fault.status is None else f"{fault.kind.value}, status {fault.status}"
         decisive = fault is not None and fault.status != 403  # noqa: PLR2004 — a 403 may be about one prompt only
         result: Result = "failed" if hurts else "ok" if fault is None else "neutral"
@@ -263,8 +265,10 @@ class BoundBreaker(Bound):
     def _refused_again(self, call: Call, line: _Line, now: float) -> Reply:
         """What the server would say: its own refusal, without asking it."""
         self.env.emit(RefusedEarly("breaker", "credential refused"))
-        if line.refusal is not None:
+        if isinstance(line.refusal, Reply):
             return line.refusal
+        if line.refusal is not None:
+            raise _keepable(line.refusal) or line.refusal
         retry_at = line.circuit.retry_at(now)
         where = call.target or "the endpoint"
         raise CircuitOpen(
@@ -272,6 +276,15 @@ class BoundBreaker(Bound):
             retry_at=retry_at,
             retry_after_s=retry_at - now,
         )
+
+
+def _keepable(error: BaseException) -> Exception | None:
+    """A copy without traceback and cause, so that it keeps no request alive; None where it cannot be copied."""
+    found = own_error(error)
+    if found is error or not isinstance(found, Exception):
+        return None
+    found.__cause__ = None
+    return found
 
 
 def _forget_healthy(lines: dict[Any, _Line]) -> None:

@@ -317,16 +317,44 @@ async def test_single_403_may_be_about_one_prompt(clock: ManualClock) -> None:
     assert len(upstream.calls) == 5
 
 
-@manual_time
-async def test_refused_credential_of_a_function_is_told_by_circuit_open(clock: ManualClock) -> None:
-    class AuthenticationError(Exception):
-        status_code = 401
+class AuthenticationError(Exception):
+    status_code = 401
 
-    breaker = bound(FakeUpstream([AuthenticationError("no")]), clock)
+
+@manual_time
+async def test_refused_credential_of_an_sdk_gets_a_fresh_copy_of_its_exception(clock: ManualClock) -> None:
+    upstream = FakeUpstream([AuthenticationError("no")])
+    breaker = bound(upstream, clock)
+    seen: list[Exception] = []
+    for _ in range(3):
+        with pytest.raises(AuthenticationError, match="no") as caught:
+            await breaker(chat_call())
+        seen.append(caught.value)
+    assert len(upstream.calls) == 1
+    assert len({id(error) for error in seen}) == 3
+    assert seen[2].__cause__ is None
+
+
+@manual_time
+async def test_exception_that_cannot_be_copied_becomes_circuit_open(clock: ManualClock) -> None:
+    class Stubborn(AuthenticationError):
+        def __str__(self) -> str:
+            return str(id(self))
+
+    breaker = bound(FakeUpstream([Stubborn()]), clock)
+    with pytest.raises(Stubborn):
+        await breaker(chat_call())
+    with pytest.raises(errors.CircuitOpen, match=r"refused this credential \(auth, status 401\)"):
+        await breaker(chat_call())
+
+
+@manual_time
+async def test_function_with_several_keys_is_not_stopped_by_one(clock: ManualClock) -> None:
+    breaker = bound(FakeUpstream([AuthenticationError("key 1")]), clock)
+    call = Call("function", "f", {"prompt": "x"}, target="f")
     with pytest.raises(AuthenticationError):
-        await breaker(chat_call())
-    with pytest.raises(errors.CircuitOpen, match="refused this credential \\(auth, status 401\\)"):
-        await breaker(chat_call())
+        await breaker(call)
+    assert (await breaker(call)).ok
 
 
 @manual_time
