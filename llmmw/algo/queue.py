@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from heapq import heappop, heappush
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -29,23 +29,32 @@ _MAX_REMEMBERED = 1024
 class Entry(Generic[T]):
     """One waiter. `item` belongs to the caller."""
 
-    __slots__ = ("arrived", "flow", "item", "priority", "seq")
+    __slots__ = ("arrived", "flow", "item", "priority", "returned", "seq")
 
-    def __init__(self, item: T, priority: int, flow: str, arrived: float, seq: int) -> None:
+    def __init__(self, item: T, priority: int, flow: str, arrived: float, seq: int, *, returned: bool) -> None:
         self.item = item
         self.priority = priority
         self.flow = flow
         self.arrived = arrived
         self.seq = seq
+        self.returned = returned
 
 
 class _Flow(Generic[T]):
-    __slots__ = ("entries", "start", "weight")
+    __slots__ = ("entries", "returned", "start", "weight")
 
     def __init__(self, start: float, weight: float) -> None:
         self.entries: OrderedDict[int, Entry[T]] = OrderedDict()
+        self.returned: OrderedDict[int, Entry[T]] = OrderedDict()
+        """Who had been served and came back; goes first."""
         self.start = start
         self.weight = weight
+
+    def __len__(self) -> int:
+        return len(self.entries) + len(self.returned)
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        return chain(self.returned.values(), self.entries.values())
 
 
 class _Class(Generic[T]):
@@ -66,23 +75,23 @@ class _Class(Generic[T]):
             start = max(self._virtual, self._finished.pop(entry.flow, 0.0))
             flow = self.flows[entry.flow] = _Flow(start, weight)
             heappush(self._heap, (start, next(self._order), flow))
-        flow.entries[entry.seq] = entry
+        (flow.returned if entry.returned else flow.entries)[entry.seq] = entry
 
     def first(self) -> Entry[T]:
         heap = self._heap
-        while not heap[0][2].entries or heap[0][0] != heap[0][2].start:
+        while not heap[0][2] or heap[0][0] != heap[0][2].start:
             heappop(heap)
-        return next(iter(heap[0][2].entries.values()))
+        return next(iter(heap[0][2]))
 
     def drop(self, entry: Entry[T], *, served: bool) -> None:
         flow = self.flows[entry.flow]
-        del flow.entries[entry.seq]
+        del (flow.returned if entry.returned else flow.entries)[entry.seq]
         if served:
             self._virtual = max(self._virtual, flow.start)
             flow.start += 1 / flow.weight
-            if flow.entries:
+            if flow:
                 heappush(self._heap, (flow.start, next(self._order), flow))
-        if not flow.entries:
+        if not flow:
             del self.flows[entry.flow]
             if flow.start > self._virtual:
                 self._remember(entry.flow, flow.start)
@@ -120,10 +129,16 @@ class FairQueue(Generic[T]):
         """All waiters, in order of arrival."""
         return iter(list(self._arrivals.values()))
 
-    def push(self, item: T, *, priority: int, flow: str, now: float) -> Entry[T]:
-        """Add a waiter; the entry is the handle for `take`, `remove` and `move`."""
-        entry = Entry(item, priority, flow, now, next(self._seq))
+    def push(self, item: T, *, priority: int, flow: str, now: float, since: float | None = None) -> Entry[T]:
+        """Add a waiter; the entry is the handle for `take`, `remove` and `move`.
+
+        One that was served in vain and comes back tells `since` when it has waited; it goes before its flow.
+        """
+        returned = since is not None
+        entry = Entry(item, priority, flow, now if since is None else since, next(self._seq), returned=returned)
         self._arrivals[entry.seq] = entry
+        if returned:
+            self._arrivals.move_to_end(entry.seq, last=False)
         self._place(entry)
         return entry
 
@@ -142,7 +157,7 @@ class FairQueue(Generic[T]):
         if now - head.arrived > self._age_bound:
             return
         flows = self._classes[head.priority].flows.values()
-        others = (entry for flow in flows for entry in islice(flow.entries.values(), _LOOK_AHEAD))
+        others = (entry for flow in flows for entry in islice(flow, _LOOK_AHEAD))
         yield from islice((entry for entry in others if entry is not head), _LOOK_AHEAD)
 
     def take(self, entry: Entry[T]) -> None:
@@ -170,13 +185,13 @@ class FairQueue(Generic[T]):
         """How many grants at least come before a waiter that joins this flow now (aged turns left out)."""
         own = self._classes.get(priority)
         before = sum(
-            len(line.entries)
+            len(line)
             for level in self._priorities[: bisect_left(self._priorities, priority)]
             for line in self._classes[level].flows.values()
         )
         if own is None or flow not in own.flows:
             return before
-        return before + len(own.flows[flow].entries)
+        return before + len(own.flows[flow])
 
     def _place(self, entry: Entry[T]) -> None:
         level = self._classes.get(entry.priority)

@@ -7,6 +7,7 @@ says that what the head of the queue lacks will be there; then everything a perm
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from llmmw.call import Call
     from llmmw.env import Env
 
-_TIMER_S = 0.0005
+_TIMER_S = 0.001
 """Timers are set at least this far ahead: one that rounds to just before its time must not spin."""
+_MAX_REMEMBERED = 256
 
 
 class Waiting:
@@ -45,6 +47,8 @@ class Gate:
         self.queue: FairQueue[Waiting] = FairQueue(weights=limits.weights, age_bound=limits.age_bound)
         self._clock = env.clock.monotonic
         self._timer: asyncio.TimerHandle | None = None
+        self._refused: OrderedDict[int, tuple[Call, float]] = OrderedDict()
+        """Calls the server refused, and since when they waited: one that is repeated keeps its place in the queue."""
 
     # -- granting -----------------------------------------------------------------------------------------------
 
@@ -59,7 +63,9 @@ class Gate:
 
     def enqueue(self, waiting: Waiting, *, priority: int, flow: str) -> Entry[Waiting]:
         """Join the queue; the permit comes through the future."""
-        entry = self.queue.push(waiting, priority=priority, flow=flow, now=self._clock())
+        before = self._refused.pop(id(waiting.call), None)
+        since = before[1] if before is not None and before[0] is waiting.call else None
+        entry = self.queue.push(waiting, priority=priority, flow=flow, now=self._clock(), since=since)
         self.drain()
         return entry
 
@@ -130,7 +136,7 @@ class Gate:
         if self.allowance.give_back(permit) and self.queue:
             self.drain()
 
-    def refused(self, permit: Permit, wait_s: float | None) -> float:
+    def refused(self, call: Call, permit: Permit, wait_s: float | None) -> float:
         """The server refused the call for its rate.
 
         Returns:
@@ -140,6 +146,9 @@ class Gate:
         pauses = allowance.pauses
         if not allowance.refused(permit, wait_s):
             return 0.0
+        self._refused[id(call)] = (call, permit.started)
+        if len(self._refused) > _MAX_REMEMBERED:
+            self._refused.popitem(last=False)
         until = allowance.pace.until
         for entry in self.queue:  # waiters whose deadline lies within the pause need not wait to learn it
             deadline, future = entry.item.call.deadline, entry.item.future
@@ -180,6 +189,7 @@ class Gate:
     def rehome(self) -> None:
         """The loop died: its waiters are gone."""
         self.allowance.rehome()
+        self._refused.clear()
         self._timer = None
         for entry in self.queue:
             self.queue.remove(entry)

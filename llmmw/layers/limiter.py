@@ -196,7 +196,9 @@ class BoundLimiter(Bound):
         finally:
             if unsubscribe is not None:
                 unsubscribe()
-        self.env.emit(LimiterWaited(call.target, self.env.clock.monotonic() - began, call.context.agent))
+        waited = self.env.clock.monotonic() - began
+        if waited > 0:
+            self.env.emit(LimiterWaited(call.target, waited, call.context.agent))
         return permit
 
     def _refuse_hopeless(self, gate: Gate, call: Call, amounts: tuple[int, ...], flow: str, now: float) -> None:
@@ -239,7 +241,7 @@ class BoundLimiter(Bound):
         fault = faults.classify(outcome, wall=self.env.clock.wall())
         kind = None if fault is None else fault.kind
         if fault is not None and kind is FaultKind.RATE:
-            pause = gate.refused(permit, fault.retry_after_s)
+            pause = gate.refused(call, permit, fault.retry_after_s)
             if pause:
                 self.env.emit(LimiterPaused(call.target, pause))
         elif kind in _NOT_SENT:

@@ -65,6 +65,19 @@ def test_remove_and_move():
     assert serve(queue) == ["third", "second"]
 
 
+def test_who_was_served_in_vain_goes_first_and_keeps_his_age():
+    queue = FairQueue(age_bound=10.0)
+    for item in ("c", "d"):
+        queue.push(item, priority=0, flow="", now=5.0)
+    first = queue.push("a", priority=0, flow="", now=6.0, since=1.0)
+    queue.push("b", priority=0, flow="", now=6.0, since=1.5)
+    assert first.arrived == 1.0
+    assert next(iter(queue)).arrived <= 1.5
+    assert queue.remove(first)
+    queue.push("a", priority=0, flow="", now=6.0, since=1.0)
+    assert serve(queue) == ["b", "a", "c", "d"]
+
+
 def test_limit_03_only_young_heads_are_passed():
     queue = FairQueue(age_bound=5.0)
     head = queue.push("large", priority=0, flow="", now=0.0)

@@ -717,3 +717,58 @@ async def test_local_servers_are_not_approached_gently(clock):
     await asyncio.gather(*(unknown(chat_call()) for _ in range(50)))
     assert gentle.times.count(began) == 8
     assert clock.monotonic() - began < 1.5
+
+
+@manual_time
+async def test_refused_call_that_is_repeated_keeps_its_place(clock):
+    upstream = Recorder(clock, latency_s=0.5)
+    upstream.answer = lambda call: error_reply(429, retry_after="5") if len(upstream.times) == 1 else answered(1, 1)
+    bound = limiter(clock, upstream, concurrency=1)
+
+    async def stubborn(name):
+        call = chat_call(name)
+        while not (await bound(call)).ok:
+            pass
+
+    await asyncio.gather(*(stubborn(name) for name in "abc"))
+    assert upstream.prompts == ["a", "a", "b", "c"]
+
+
+@manual_time
+async def test_figures_nobody_asked_for_are_ignored(clock):
+    def answer(call):
+        headers = (("x-ratelimit-limit-requests", "5"), ("x-ratelimit-remaining-requests", "0"))
+        return answered(1, 1, headers=headers)
+
+    upstream = FakeUpstream([answer, answer], latency_s=1.0)
+    bound = limiter(clock, upstream, tpm=1000)
+    await bound(chat_call())
+    assert level(bound, "total_in_window") == 2
+    late_view = limiter(clock, FakeUpstream([answer, answer]), rpm=5, burst=5)
+    gate = late_view._gate(chat_call())
+    await late_view(chat_call())
+    before = gate.allowance.requests.used(clock.monotonic())
+    gate.hear((), -5.0)
+    assert gate.allowance.requests.used(clock.monotonic()) == before == 5
+
+
+@manual_time
+async def test_permits_are_given_back_once(clock):
+    bound = limiter(clock, Recorder(clock), rpm=10, concurrency=2)
+    gate = bound._gate(chat_call())
+    permit = gate.admit(())
+    for _ in range(2):
+        gate.give_back(permit)
+        gate.finish(permit, Usage(), well=True)
+        assert gate.refused(chat_call(), permit, 1.0) == 0.0
+    assert gate.allowance.in_use == 0
+    assert gate.allowance.pace.until < clock.monotonic()
+
+
+@manual_time
+async def test_only_refusals_known_recently_are_remembered(clock):
+    bound = limiter(clock, FakeUpstream([error_reply(429, retry_after_ms="1")] * 300), adaptive=False)
+    for _ in range(300):
+        await bound(chat_call())
+    (gate,) = bound._gates.values()
+    assert len(gate._refused) == 256
