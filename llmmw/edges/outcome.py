@@ -82,8 +82,11 @@ def _count_attempts(reply: Reply) -> bytes:
 def failure_of(error: BaseException) -> Answer | Failure:
     """What an HTTP client sees of an error of llmmw: a response, or the name of its library's exception."""
     if isinstance(error, AllEndpointsFailed):
-        found = failure_of(error.exceptions[-1])
-        return _refusal(found.status, error) if isinstance(found, Answer) else found
+        last = error.exceptions[-1]
+        found = failure_of(last)
+        return (
+            _refusal(found.status, error, getattr(last, "retry_after_s", None)) if isinstance(found, Answer) else found
+        )
     if isinstance(error, StatusError):
         return _refusal(error.status, error, error.retry_after_s, error.code)
     if isinstance(error, Refused):

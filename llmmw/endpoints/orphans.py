@@ -2,7 +2,8 @@
 
 An httpx or httpx2 client keeps its idle connections when `asyncio.run` ends, and the next one sends a request over
 such a connection (the server gets it) before it notices that it cannot read the answer: "Event loop is closed". So
-whoever moves from loop to loop must make the client forget them first. There is no public way, hence the names
+whoever moves from loop to loop must make the client forget them first (under uvloop, which closes its sockets with
+the loop, the client notices in time). There is no public way, hence the names
 with underscores; where a version of the library has others, nothing is done.
 """
 
@@ -32,9 +33,9 @@ def forget_orphans(http_client: Any, *, forked: bool) -> int:
             if transport is None:
                 continue
             loop = getattr(transport, "_loop", None)
-            if forked or loop is None or loop.is_closed():
+            if forked or (loop is not None and loop.is_closed()):
                 abandon(transport)
-            elif loop is _running():
+            elif loop is not None and loop is _running():
                 transport.abort()
             else:
                 continue

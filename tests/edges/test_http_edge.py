@@ -239,6 +239,12 @@ def test_an_error_of_the_way_becomes_the_librarys_exception(error, name):
     assert failure_of(error) == name
 
 
+def test_the_last_endpoints_retry_after_is_passed_on():
+    answer = failure_of(AllEndpointsFailed("all", [ConnectionFailed("a"), RateLimited("b", retry_after_s=7)]))
+    assert isinstance(answer, Answer)
+    assert (answer.status, headers_of(answer)[b"retry-after"]) == (429, b"7")
+
+
 def test_any_other_exception_of_a_fallback_is_a_bad_gateway():
     answer = failure_of(AllEndpointsFailed("all", [RuntimeError("a user's own")]))
     assert isinstance(answer, Answer)

@@ -86,6 +86,19 @@ async def test_a_clients_copies_share_the_engine():
     await client.close()
 
 
+async def test_with_blocks_close_client_and_engine():
+    async with wrap_client(Server().client(), Stack()) as client:
+        await client.chat.completions.create(**ASK)
+    assert client.engine.closed
+
+    def plain():
+        with wrap_client(Server().client(openai.OpenAI), Stack()) as sync:
+            assert sync.chat.completions.create(**ASK).choices
+        return sync.engine.closed
+
+    assert await asyncio.to_thread(plain)
+
+
 async def test_unwrapping_restores_the_client():
     server = Server()
     client = server.client(max_retries=5)
