@@ -139,7 +139,7 @@ def _section(level: int) -> str:
 
 def _calls_at(level: int, calls: int) -> int:
     """Enough calls to measure, without waiting for the latency too often."""
-    return max(2 * level, min(calls, 16 * level))
+    return max(2 * level, min(calls, 12 * level))
 
 
 def measure_imports(names: Sequence[str], repeats: int, progress: Progress) -> list[Row]:
@@ -211,8 +211,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a budget is exceeded or not measured")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     parser.add_argument("--only", nargs="+", metavar="WORDS", help="only rows whose name contains one of these")
-    parser.add_argument("--repeats", type=int, help="repeats of everything (5; HTTP 3)")
-    parser.add_argument("--calls", type=int, help="calls per repeat in process (1000) and per HTTP client (512)")
+    parser.add_argument("--repeats", type=int, help="repeats of everything (in process 5, else 3)")
+    parser.add_argument("--calls", type=int, help="calls per repeat in process (600) and per HTTP client (512)")
     parser.add_argument("--levels", type=int, nargs="+", help="concurrent calls of the HTTP clients (1 64 256)")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds before the server answers (0.05)")
     return parser.parse_args(arguments)
@@ -222,8 +222,8 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[list[Row], dic
     """Measure what the options ask for; the settings that were used come with the rows."""
     quick = options.quick
     repeats = options.repeats or (1 if quick else 5)
-    http_repeats = options.repeats or (1 if quick else 3)
-    calls = options.calls or (300 if quick else 1000)
+    other_repeats = options.repeats or (1 if quick else 3)
+    calls = options.calls or (300 if quick else 600)
     http_calls = options.calls or (192 if quick else 512)
     levels = options.levels or ([64] if quick else [1, 64, 256])
 
@@ -235,11 +235,11 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[list[Row], dic
         names = wanted(case.name for case in CASES)
         rows += measure_memory([case for case in CASES if case.name in names], repeats, calls, progress)
     if "http" in options.sections:
-        rows += measure_http(wanted(CLIENTS), http_repeats, levels, http_calls, options.delay, progress)
+        rows += measure_http(wanted(CLIENTS), other_repeats, levels, http_calls, options.delay, progress)
     if "import" in options.sections:
-        rows += measure_imports(wanted(IMPORTS), repeats, progress)
+        rows += measure_imports(wanted(IMPORTS), other_repeats, progress)
     settings: dict[str, object] = {
-        "quick": quick, "repeats": repeats, "http_repeats": http_repeats, "calls": calls, "http_calls": http_calls,
+        "quick": quick, "repeats": repeats, "other_repeats": other_repeats, "calls": calls, "http_calls": http_calls,
         "levels": levels, "delay_s": options.delay, "sections": list(options.sections), "import_base": BARE,
     }  # fmt: skip
     return rows, settings
