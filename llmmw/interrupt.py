@@ -106,6 +106,9 @@ class Until(Generic[T]):
 class TimedChunks:
     """A stream whose every read ends at a moment; after an interruption the stream is closed.
 
+    From the second read on, the moment counts also where the next chunk is at hand: a server that is faster than its
+    reader would else never be interrupted. (The first may have been waiting for a reader who came late.)
+
     Args:
         inner: the stream.
         clock: the scale of `due`.
@@ -127,6 +130,7 @@ class TimedChunks:
         self._clock = clock
         self._due = due
         self._error = error
+        self._begun = False
         self.until = until
 
     @property
@@ -138,6 +142,9 @@ class TimedChunks:
         return self
 
     async def __anext__(self) -> Chunk:
+        if self._begun and self._due() <= self._clock.monotonic():
+            await self._inner.aclose()
+            raise self._error()
         expired = False
 
         def error() -> BaseException:
@@ -146,10 +153,12 @@ class TimedChunks:
             return self._error()
 
         try:
-            return await Until(self._inner.__anext__(), self._clock, self._due, error)
+            chunk = await Until(self._inner.__anext__(), self._clock, self._due, error)
         finally:
             if expired:
                 await self._inner.aclose()
+        self._begun = True
+        return chunk
 
     async def aclose(self) -> None:
         """Close the stream."""

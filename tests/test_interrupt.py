@@ -239,6 +239,36 @@ async def test_a_stream_in_time_passes_through(clock):
     assert until_deadline(stream, clock, stream.until + 1, Late) is not stream
 
 
+class AtHand(ScriptedChunks):
+    """A stream whose reader never waits."""
+
+    async def __anext__(self):
+        if self.closed:
+            raise StopAsyncIteration
+        return next(self._chunks)
+
+
+@manual_time
+async def test_a_stream_that_never_makes_its_reader_wait_ends_at_the_moment_too(clock):
+    inner = AtHand([b"a", b"b", b"c", b"d"])
+    seen = []
+    with pytest.raises(Late):
+        async for chunk in until_deadline(inner, clock, clock.monotonic() + 1.5, Late):
+            seen.append(chunk)
+            clock.advance(1)
+    assert seen == [b"a", b"b"]
+    assert inner.closed
+
+
+@manual_time
+async def test_the_first_chunk_may_wait_for_a_late_reader(clock):
+    stream = until_deadline(AtHand([b"a", b"b"]), clock, clock.monotonic() + 1.5, Late)
+    clock.advance(2)
+    assert await anext(stream) == b"a"
+    with pytest.raises(Late):
+        await anext(stream)
+
+
 def test_closing_a_suspended_guard_reaches_the_work():
     from llmmw.testing.clock import ManualClock
 
