@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 MODEL = "m"
 FILLER = "In one short paragraph, say what you would do next and why. " * 16
 """Makes a request of about 1 KB."""
-_SLOTS = 512
-"""Calls in flight that the llmmw stacks allow, above every level measured."""
+FULL_SPEED = "512-512-512"
+"""Concurrency of the llmmw stacks: above every level measured, and told as floor, start and ceiling, so that the
+limiter does not start gently as it does at a server it knows nothing about."""
 
 
 def messages(prompt: str) -> list[dict[str, str]]:
@@ -165,7 +166,7 @@ async def openai_over_llmmw(url: str) -> AsyncGenerator[Ask]:
     """The openai SDK with llmmw as its transport."""
     import llmmw
 
-    stack = llmmw.Stack.recommended(concurrency=_SLOTS)
+    stack = llmmw.Stack.recommended(concurrency=FULL_SPEED)
     async with _openai(url, http_client=llmmw.httpx2_client(stack)) as ask:
         yield ask
 
@@ -185,7 +186,7 @@ async def _llmmw(url: str, **options: Any) -> AsyncGenerator[Ask]:
 @asynccontextmanager
 async def llmmw_client(url: str) -> AsyncGenerator[Ask]:
     """llmmw's Client; its limiter lets all calls through, so that they are in flight."""
-    async with _llmmw(url, concurrency=_SLOTS) as ask:
+    async with _llmmw(url, concurrency=FULL_SPEED) as ask:
         yield ask
 
 
@@ -199,7 +200,7 @@ async def llmmw_client_queueing(url: str) -> AsyncGenerator[Ask]:
 @asynccontextmanager
 async def llmmw_client_caching(url: str) -> AsyncGenerator[Ask]:
     """llmmw's Client with a cache that never has the answer: every prompt is new."""
-    async with _llmmw(url, concurrency=_SLOTS, cache_ttl=300) as ask:
+    async with _llmmw(url, concurrency=FULL_SPEED, cache_ttl=300) as ask:
         yield ask
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from client_cpu import FILLER, MODEL, body, messages
+from client_cpu import FILLER, FULL_SPEED, MODEL, body, messages
 from fast_server import BODY
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ async def disk_hit(calls: int) -> AsyncGenerator[Ask]:
     import llmmw
 
     with tempfile.TemporaryDirectory() as directory:
-        decorate = llmmw.middleware(cache_ttl=300, cache_directory=directory)
+        decorate = llmmw.middleware(cache_ttl=300, cache_directory=directory, concurrency=FULL_SPEED)
         writer, reader = decorate(_ask_nobody), decorate(_ask_nobody)
         for number in range(calls):
             await writer(prompt(number))
@@ -188,13 +188,13 @@ async def _uncached(calls: int, **options: Any) -> AsyncGenerator[Ask]:
 
 @asynccontextmanager
 async def uncached_recommended(calls: int) -> AsyncGenerator[Ask]:
-    async with _uncached(calls, cache_ttl=300) as ask:
+    async with _uncached(calls, cache_ttl=300, concurrency=FULL_SPEED) as ask:
         yield ask
 
 
 @asynccontextmanager
 async def uncached_no_cache(calls: int) -> AsyncGenerator[Ask]:
-    async with _uncached(calls) as ask:
+    async with _uncached(calls, concurrency=FULL_SPEED) as ask:
         yield ask
 
 

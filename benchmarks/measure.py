@@ -50,6 +50,8 @@ class Row:
     budget: Budget | None = None
     skipped: str = ""
     """Why it could not be measured here."""
+    ours: bool = False
+    """Whether llmmw is what is measured, and not what it is compared with."""
 
     @property
     def measured(self) -> bool:
