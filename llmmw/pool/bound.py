@@ -257,7 +257,7 @@ class BoundPool:
 
     def __del__(self) -> None:
         home = getattr(self, "_home", None)
-        if home is not None and not home.dead and not self._closed:
+        if home is not None and home.is_open and not self._closed:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
             home.drop_from_anywhere()
 

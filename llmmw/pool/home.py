@@ -63,6 +63,11 @@ class Home:
         return sum(not turn.done() for turn in tuple(self._queue))
 
     @property
+    def is_open(self) -> bool:
+        """Whether there are engines, and so perhaps sockets."""
+        return bool(self._generations)
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop that everything here belongs to."""
         return self._loop

@@ -49,7 +49,8 @@ class PyreqwestEngine:
         await self._judge(request.url)
         client = self._clients.get(exchange.connect_s) or self._build(exchange.connect_s)
         try:
-            builder = client.request(request.method, request.url).headers([(name, as_utf8(value)) for name, value in request.headers])
+            headers = [(name, as_utf8(value)) for name, value in request.headers]
+            builder = client.request(request.method, request.url).headers(headers)
             if request.body:
                 builder = builder.body_bytes(request.body)
             # Otherwise the head waits until that much of the body has come, and a token with it.
