@@ -50,7 +50,7 @@ class Pace:
     """Decides when the next call may go out. One per bucket; without refusals only the ramp holds calls back.
 
     Args:
-        ramp: start an unknown server with few calls and double their number (off where the limit was told).
+        ramp_s: start an unknown server with few calls and double their number in each such period; 0: do not.
     """
 
     __slots__ = (
@@ -58,10 +58,10 @@ class Pace:
         "_stalled", "_throttle", "until",
     )  # fmt: skip
 
-    def __init__(self, *, ramp: bool) -> None:
+    def __init__(self, *, ramp_s: float) -> None:
         self.until = _NEVER
         """End of the pause; in the past when there is none."""
-        self._throttle = Throttle(ramp=ramp)
+        self._throttle = Throttle(ramp_s=ramp_s)
         self._episode: _Episode | None = None
         self._finished: _Episode | None = None
         self._first: _Shape | None = None

@@ -39,7 +39,8 @@ class Limits(msgspec.Struct, frozen=True):
     """("total" | "input" | "output", tokens per window)."""
     slots: tuple[int, int, int] | None
     """Floor, start and ceiling of the calls under way."""
-    ramp: bool
+    ramp_s: float
+    """Period of the gentle start; 0 for none."""
     window: float
     burst: int | None
     age_bound: float
@@ -71,7 +72,7 @@ class Allowance:
         self.requests = Ledger(limits.rpm, limits.window) if limits.rpm is not None else None
         self.tokens = tuple((name, Ledger(units, limits.window)) for name, units in limits.tokens)
         self.aimd = Aimd(*limits.slots) if limits.slots is not None else None
-        self.pace = Pace(ramp=limits.ramp)
+        self.pace = Pace(ramp_s=limits.ramp_s)
         self.learned = LearnedOutput()
         self.in_use = 0
         self.pauses = 0

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from llmmw.algo.throttle import RAMP_PERIOD_S
 from llmmw.errors import ConfigError
 from llmmw.layers.allowance import Limits
 from llmmw.layers.limiter import BoundLimiter
@@ -45,7 +46,8 @@ class RateLimiter:
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
         adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; without rpm also start gently at
-            a server whose limits are unknown: 8 calls in the first 200 ms, then twice as many each 200 ms.
+            a server whose limits are unknown: 8 calls in the first 200 ms, then twice as many each 200 ms
+            (50 ms at a local server).
         headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
         age_bound: seconds after which a waiter is not passed by smaller ones any more, and gets an eighth of all
             grants whatever its priority.
@@ -98,7 +100,9 @@ class RateLimiter:
             rpm=self.rpm,
             tokens=tuple((name, units) for name, units in tokens if units is not None),
             slots=_slots(self.concurrency, adaptive=self.adaptive),
-            ramp=self.adaptive and self.rpm is None and not isinstance(self.concurrency, str),
+            ramp_s=RAMP_PERIOD_S
+            if self.adaptive and self.rpm is None and not isinstance(self.concurrency, str)
+            else 0.0,
             window=positive_seconds("window", self.window),
             burst=self.burst,
             age_bound=positive_seconds("age_bound", self.age_bound),

@@ -15,6 +15,7 @@ import msgspec
 from llmmw import fault as faults
 from llmmw.algo import estimate
 from llmmw.algo.headers import feedback
+from llmmw.algo.throttle import LOCAL_RAMP_PERIOD_S
 from llmmw.answer import NO_USAGE, Usage
 from llmmw.call import Reply
 from llmmw.errors import ConfigError, RateLimited, UpstreamTimeout
@@ -46,9 +47,7 @@ class BoundLimiter(Bound):
     def __init__(self, layer: RateLimiter, inner: Handler, env: Env) -> None:
         super().__init__(inner, env)
         self._layer = layer
-        self._limits = layer.limits()
-        if "idempotent" in env.capabilities:  # a local server: it queues, and refuses nobody for his rate
-            self._limits = msgspec.structs.replace(self._limits, ramp=False)
+        self._limits = self._limits_of(layer)
         self._gates: dict[object, Gate] = {}
         self._ignored = 0
         self._estimated = 0
@@ -86,7 +85,7 @@ class BoundLimiter(Bound):
             ConfigError: a value that cannot work, or a limit added or removed.
         """
         layer = dataclasses.replace(self._layer, **changes)
-        limits = layer.limits()
+        limits = self._limits_of(layer)
         if _shape(limits) != _shape(self._limits) or layer.per != self._layer.per:
             raise ConfigError("reconfigure(): limits can be raised or lowered while running, not added or removed")
         self._layer, self._limits = layer, limits
@@ -131,6 +130,12 @@ class BoundLimiter(Bound):
             key = f"{name}_in_window"
             found[key] = int(str(found.get(key, 0))) + sum(units for _, units in ledger.record(now))
         return found
+
+    def _limits_of(self, layer: RateLimiter) -> Limits:
+        limits = layer.limits()
+        if limits.ramp_s and "idempotent" in self.env.capabilities:  # a local server: refusals come at once
+            return msgspec.structs.replace(limits, ramp_s=LOCAL_RAMP_PERIOD_S)
+        return limits
 
     # -- a call's way -------------------------------------------------------------------------------------------
 

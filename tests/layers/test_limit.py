@@ -705,21 +705,18 @@ async def test_reserving_the_maximum_and_learning_the_usual_length(clock):
     await pending
 
 
+@pytest.mark.parametrize(("capabilities", "most"), [((), 1.5), (("idempotent",), 1.2)])
 @manual_time
-async def test_local_servers_are_not_approached_gently(clock):
+async def test_unknown_servers_are_approached_gently(clock, capabilities, most):
     upstream = Recorder(clock, latency_s=1.0)
-    layer = RateLimiter()
-    env = Env(clock=clock)
-    await asyncio.gather(*(layer.bind(upstream, env.endowed(frozenset({"idempotent"})))(chat_call()) for _ in range(1)))
-    bound = layer.bind(upstream, env.endowed(frozenset({"idempotent"})))
-    await asyncio.gather(*(bound(chat_call()) for _ in range(50)))
-    assert upstream.peak == 50
-    gentle = Recorder(clock, latency_s=1.0)
-    unknown = layer.bind(gentle, env)
+    bound = RateLimiter(concurrency=64).bind(upstream, Env(clock=clock).endowed(frozenset(capabilities)))
     began = clock.monotonic()
-    await asyncio.gather(*(unknown(chat_call()) for _ in range(50)))
-    assert gentle.times.count(began) == 8
-    assert clock.monotonic() - began < 1.5
+    await asyncio.gather(*(bound(chat_call()) for _ in range(50)))
+    assert upstream.times.count(began) == 8
+    assert clock.monotonic() - began < most
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(30)))
+    assert clock.monotonic() - began == pytest.approx(1.0)
 
 
 @manual_time
