@@ -174,7 +174,8 @@ class Pace:
             self._first = shape
             self._throttle.look_for(sqrt(steady * max(steady, refused)), admitted / 2, now)
             return
-        rate = _fit(self._first, shape, admitted / self._latency)
+        tried = self._throttle.per_s or inf
+        rate = min(_fit(self._first, shape, admitted / self._latency), tried)  # it was refused at that rate
         if rate >= steady / 2:
             pause = finished.began + lasted - ended
             slack = min(pause, _BURST_SHARE * _size(self._first, rate) / rate)

@@ -15,7 +15,9 @@ LOCAL_RAMP_PERIOD_S = 0.05
 """An unknown server gets 8 calls in the first 200 ms (50 ms on this machine), and twice as many after each such period
 that was full and clean: refusals come within milliseconds, so few calls are wasted, and hundreds are out after a second
 even where answers take minutes."""
-_RAMP_END = 1024
+_RAMP_TOP_PER_S = 640
+"""Nor faster than this during the first second at that rate: the sender itself then needs 100s of ms to get its calls
+out (a call costs it about a ms), and would have sent hundreds before it hears the first refusal."""
 SURE = 4
 """At most: 3 % more after 16 clean cycles. At trust 0, where a single call hints at the limit: half more after one."""
 _STEP = 1.1
@@ -33,8 +35,8 @@ class Throttle:
     """
 
     __slots__ = (
-        "_cap", "_cycle", "_doubling", "_goal", "_good", "_next", "_period", "_raised", "_ramp_s", "_rate", "_slack",
-        "_trust", "grants", "settled",
+        "_at_top", "_cap", "_cycle", "_doubling", "_goal", "_good", "_next", "_period", "_raised", "_ramp_s", "_rate",
+        "_slack", "_soon", "_trust", "grants", "settled",
     )  # fmt: skip
 
     def __init__(self, *, ramp_s: float) -> None:
@@ -44,10 +46,12 @@ class Throttle:
         self._ramp_s = ramp_s or RAMP_PERIOD_S
         self._cap = _RAMP_START if ramp_s else 0
         self._period = self._ramp_s
+        self._at_top = 0.0
         self._rate = self._doubling = self._goal = self._cycle = 0.0
         self._good: float | None = None
         self._next = self._raised = -inf
         self._slack = _CATCH_UP_S
+        self._soon = inf
         self._trust = 0
 
     @property
@@ -76,11 +80,12 @@ class Throttle:
     def ramp(self, now: float) -> None:
         """Start (again) gently."""
         self._rate, self._cap, self._period, self._raised, self.settled = 0.0, 2, self._ramp_s, now, False
+        self._at_top = 0.0
 
     def look_for(self, rate: float, doubling: float, now: float) -> None:
         """Begin at this rate and double it with every so many calls."""
         self._rate, self._cap, self._doubling, self._goal, self.settled = rate, 0, doubling, 0.0, False
-        self._next = now
+        self._next, self._soon = now, 4 * rate  # doubling by count explodes in time; the search goes on more slowly
 
     def set_rate(
         self, rate: float, now: float, *, cycle: float, trust: int, goal: float = 0.0, slack: float = 0.0
@@ -144,8 +149,10 @@ class Throttle:
             self._good = self._cap / self._period
             self._period /= self._growth()
             return
-        self._cap *= 2
-        if self._cap > _RAMP_END:
+        top = int(_RAMP_TOP_PER_S * self._period)
+        self._cap = min(2 * self._cap, top)
+        self._at_top += self._period if self._cap == top else 0.0
+        if self._at_top > 1.0:
             self._cap = 0
 
     def _advance(self, now: float) -> None:
@@ -153,6 +160,8 @@ class Throttle:
         self._slack = max(_CATCH_UP_S, min(self._slack, now - self._next))
         if self._doubling:
             self._rate *= 2 ** (1 / self._doubling)
+            if self._rate > self._soon:
+                self._doubling, self._soon = 16 * self._doubling, inf
         elif self._rate < self._goal:
             self._good = self._good or self._rate
             self._rate = min(self._goal, self._rate * _STEP)
