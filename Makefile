@@ -16,12 +16,14 @@ help:  ## this list
 
 install: $(READY)  ## make .venv with everything the tests need
 
-$(READY): requirements/dev.txt pyproject.toml
+$(READY): requirements/dev.txt requirements/sdk-openai2.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmmw needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11 install")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --require-hashes --target .venv-openai2 \
+		-r requirements/sdk-openai2.txt
 	@touch $@
 
 demo: $(READY)  ## the main job, three ways, on the embedded model server
@@ -62,6 +64,8 @@ format: $(READY)  ## rewrite the layout of the code
 pin: $(READY)  ## compile requirements/dev.in into pinned versions with hashes
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--upgrade -o requirements/dev.txt requirements/dev.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--no-deps --upgrade -o requirements/sdk-openai2.txt requirements/sdk-openai2.in
 
 clean:  ## remove environments and build results
 	rm -rf $(VENV) .venv-* .vllm build dist out .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache

@@ -25,7 +25,7 @@ _HOMES = {
     "llmmw.edges.function": ("middleware",),
     "llmmw.edges.httpx": ("httpx_client", "httpx_sync_client"),
     "llmmw.edges.httpx2": ("httpx2_client", "httpx2_sync_client"),
-    "llmmw.edges.sdk": ("wrap_client",),
+    "llmmw.edges.sdk": ("unwrap_client", "wrap_client"),
     "llmmw.edges.sync": ("SyncClient",),
     "llmmw.engine": ("Engine",),
     "llmmw.env": ("Env",),
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from llmmw.edges.httpx import httpx_sync_client as httpx_sync_client
     from llmmw.edges.httpx2 import httpx2_client as httpx2_client
     from llmmw.edges.httpx2 import httpx2_sync_client as httpx2_sync_client
+    from llmmw.edges.sdk import unwrap_client as unwrap_client
     from llmmw.edges.sdk import wrap_client as wrap_client
     from llmmw.edges.sync import SyncClient as SyncClient
     from llmmw.engine import Engine as Engine
@@ -122,4 +123,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
 
 
-__all__ = sorted(["__version__", *_HOME_OF])  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list
+# `from llmmw import *` must work without the extras, so what needs one is left to its full name.
+__all__ = sorted({"__version__", *_HOME_OF} - {"httpx2_client", "httpx2_sync_client"})  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list

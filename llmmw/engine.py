@@ -12,6 +12,7 @@ from llmmw.answer import NO_USAGE
 from llmmw.errors import Closed
 from llmmw.events import CallEnded, CallStarted
 from llmmw.home import Home
+from llmmw.inflight import InFlight
 from llmmw.layers.flight import current_flight
 from llmmw.readers import BridgedChunks, GuardedChunks
 from llmmw.stats import Stats
@@ -62,13 +63,10 @@ class Engine:
         self._stats = Stats()
         env.add_sink(self._stats.__call__)  # a bound method is called faster than an object
         self._home = Home(self._leave, self._rehome, self._forked)
-        self._calls: dict[int, asyncio.Task[Any] | None] = {}
-        self._next_id = 0
+        self._calls = InFlight()
         self._closed = False
         self._released = False
         self._closing: asyncio.Task[None] | None = None
-        self._idle: asyncio.Future[None] | None = None
-        self._cancelled_by_close: set[asyncio.Task[Any]] = set()
         for endpoint in self._endpoints:
             endpoint.start(env)
 
@@ -135,22 +133,21 @@ class Engine:
             raise _closed_error()
         env, agent, task = self.env, call.context.agent, asyncio.current_task()
         began = env.clock.monotonic()
-        self._next_id = number = self._next_id + 1
-        self._calls[number] = task
+        number = self._calls.begin(task)
         env.emit(CallStarted(agent))
         try:
             reply = await (self._endpoints[0] if call.direct else self._handler)(call)
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
-            if isinstance(error, asyncio.CancelledError) and self._was_cancelled_by_close(task):
+            if isinstance(error, asyncio.CancelledError) and self._calls.was_cancelled_here(task):
                 raise _closed_error() from None
             raise
         if reply.chunks is None:
             result, error_name = _result_of(reply)
             self._finish(number, result, began, agent, reply.usage, error_name)
             return reply
-        self._calls[number] = None  # read by whoever holds the stream, in any task
+        self._calls.hand_over(number)
 
         def ended(end: End) -> None:
             result, error_name = _result_of(reply)
@@ -165,16 +162,8 @@ class Engine:
     def _finish(
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
     ) -> None:
-        self._calls.pop(number, None)
         self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
-        if self._idle is not None and not self._calls and not self._idle.done():
-            self._idle.set_result(None)
-
-    def _was_cancelled_by_close(self, task: asyncio.Task[Any] | None) -> bool:
-        if task is None or task not in self._cancelled_by_close:
-            return False
-        self._cancelled_by_close.discard(task)
-        return task.uncancel() == 0
+        self._calls.end(number)
 
     # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -246,10 +235,8 @@ class Engine:
     async def _close(self, closer: asyncio.Task[Any] | None, drain_timeout: float) -> None:
         for _, bound in self._bounds:
             bound.closing()
-        own = [number for number, task in self._calls.items() if task is closer and task is not None]
-        for number in own:  # closed from inside a call: it cannot wait for itself
-            del self._calls[number]
-        await self._drain(drain_timeout)
+        self._calls.forget(closer)  # closed from inside a call: it cannot wait for itself
+        await self._calls.drain(drain_timeout)
         for _, bound in self._bounds:
             await bound.aclose()
         for endpoint in self._endpoints:
@@ -257,26 +244,13 @@ class Engine:
         self._released = True
         await self._home.settle_down()
 
-    async def _drain(self, drain_timeout: float) -> None:
-        if not self._calls:
-            return
-        self._idle = asyncio.get_running_loop().create_future()
-        await asyncio.wait([self._idle], timeout=drain_timeout)
-        tasks = {task for task in self._calls.values() if task is not None}
-        self._cancelled_by_close |= tasks
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait([self._idle], timeout=drain_timeout)
-
     async def _leave(self) -> None:
         """The home loop shuts down without `aclose`: drop sockets and tasks there, keep entries and levels."""
         self._rehome()
         await self.env.clock.sleep(0)  # transports close in the next turn
 
     def _rehome(self) -> None:
-        self._idle = None
-        self._calls.clear()
+        self._calls.forget()
         for _, bound in self._bounds:
             bound.rehome()
         for endpoint in self._endpoints:
@@ -286,7 +260,6 @@ class Engine:
         """In a forked child: nothing of the parent's loop, threads and sockets is ours."""
         self._stats.after_fork()
         self._closing = None
-        self._cancelled_by_close.clear()
         self._rehome()
 
     async def __aenter__(self) -> Self:

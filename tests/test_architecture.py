@@ -21,6 +21,7 @@ FLOORS = (
         "faultbodies",
         "home",
         "identity",
+        "inflight",
         "interrupt",
         "faultnames",
         "keys",

@@ -1,0 +1,62 @@
+"""Calls in flight: who they belong to, waiting until they are over, cancelling those that are not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+class InFlight:
+    """The calls that one engine has not finished. Lives on the home loop."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[int, asyncio.Task[Any] | None] = {}
+        self._last = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._cancelled: set[asyncio.Task[Any]] = set()
+
+    def begin(self, task: asyncio.Task[Any] | None) -> int:
+        """A call started in this task; returns its number."""
+        self._last = number = self._last + 1
+        self._tasks[number] = task
+        return number
+
+    def hand_over(self, number: int) -> None:
+        """The call goes on as a stream, which any task may read."""
+        self._tasks[number] = None
+
+    def end(self, number: int) -> None:
+        """The call is over (told once or more)."""
+        self._tasks.pop(number, None)
+        if self._idle is not None and not self._tasks and not self._idle.done():
+            self._idle.set_result(None)
+
+    def forget(self, task: asyncio.Task[Any] | None = None) -> None:
+        """Do not wait for the calls of this task; without one, for any (their loop is gone)."""
+        if task is None:
+            self._tasks.clear()
+            self._cancelled.clear()
+            self._idle = None
+        else:
+            for number in [number for number, owner in self._tasks.items() if owner is task]:
+                del self._tasks[number]
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until every call is over; after the time-out, cancel those that a task still waits for."""
+        if not self._tasks:
+            return
+        self._idle = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._idle], timeout=timeout_s)
+        tasks = {task for task in self._tasks.values() if task is not None}
+        self._cancelled |= tasks
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait([self._idle], timeout=timeout_s)
+
+    def was_cancelled_here(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether a CancelledError in this task is `drain`'s doing alone; takes that cancellation back."""
+        if task is None or task not in self._cancelled:
+            return False
+        self._cancelled.discard(task)
+        return task.uncancel() == 0
