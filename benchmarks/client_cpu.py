@@ -259,6 +259,7 @@ class ClientProcess:
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name
+        self._failure = ""
         command = [sys.executable, str(Path(__file__).resolve()), name, url]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -281,7 +282,8 @@ class ClientProcess:
             line = process.stdout.readline()
         if not line:
             last = process.stderr.read().strip().splitlines()[-1:]
-            raise RuntimeError(last[0] if last else "the client's process ended")
+            self._failure = self._failure or (last[0] if last else "the client's process ended")
+            raise RuntimeError(self._failure)
         found: dict[str, float] = json.loads(line)
         return found
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def _row_as_json(row: Row, floor: float | None) -> dict[str, object]:
         "budget": row.budget.limit if row.budget is not None else None,
         "budget_why": row.budget.why if row.budget is not None else None,
         "status": row.status,
-        "skipped": row.skipped or None,
+        "skipped": None if row.measured else row.skipped,
     }
 
 
@@ -161,11 +161,9 @@ def machine() -> dict[str, object]:
     return found
 
 
-def interleaved(things: Sequence[T], repeats: int) -> Iterator[tuple[int, T]]:
-    """Every thing once per repeat, in alternating direction so that nothing always follows the same neighbour."""
-    for repeat in range(repeats):
-        for thing in things if repeat % 2 == 0 else reversed(things):
-            yield repeat, thing
+def in_turn(things: Sequence[T], repeat: int) -> Sequence[T]:
+    """All things, in alternating direction so that nothing always follows the same neighbour."""
+    return things if repeat % 2 == 0 else things[::-1]
 
 
 class Progress:

@@ -20,7 +20,7 @@ from client_cpu import CLIENTS, ClientProcess
 from fast_server import running
 from hit_cost import CASES, cost_of
 from import_cost import BARE, IMPORTS, import_cost
-from measure import Budget, Progress, Row, as_json, interleaved, table, write_json
+from measure import Budget, Progress, Row, as_json, in_turn, table, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,23 +52,19 @@ def measure_memory(cases: Sequence[Case], repeats: int, calls: int, progress: Pr
         for case in cases
     }
     walls: dict[str, list[float]] = {case.name: [] for case in cases}
-    seen = -1
-    for repeat, case in interleaved(cases, repeats):
-        row = rows[case.name]
-        if repeat != seen:
-            seen = repeat
-            progress(f"in process: repeat {repeat + 1} of {repeats}")
-        try:
-            cpu, clocked = asyncio.run(cost_of(case, calls))
-        except Exception as error:
-            row.skipped = _why(error)  # unless another repeat works: a busy machine is too slow for some reads
-            continue
-        row.values.append(cpu)
-        walls[case.name] += clocked
+    for repeat in range(repeats):
+        progress(f"in process: repeat {repeat + 1} of {repeats}")
+        for case in in_turn(cases, repeat):
+            row = rows[case.name]
+            try:
+                cpu, clocked = asyncio.run(cost_of(case, calls))
+            except Exception as error:
+                row.skipped = _why(error)  # unless another repeat works: a busy machine is too slow for some reads
+            else:
+                row.values.append(cpu)
+                walls[case.name] += clocked
     for case in cases:
         row = rows[case.name]
-        if row.measured:
-            row.skipped = ""
         if walls[case.name]:
             row.p50 = statistics.median(walls[case.name])
         bare = rows.get(case.floor)
@@ -96,24 +92,18 @@ def measure_http(
     with running(delay_s) as url:
         clients = [ClientProcess(name, url) for name in names]
         try:
-            seen = (-1, -1)
             for repeat in range(repeats):
                 for level in levels:
-                    for _, client in interleaved(clients[:: 1 if repeat % 2 == 0 else -1], 1):
+                    progress(f"HTTP clients: repeat {repeat + 1} of {repeats}, {level} concurrent")
+                    for client in in_turn(clients, repeat):
                         row = rows[level, client.name]
-                        if row.skipped:
-                            continue
-                        if (repeat, level) != seen:
-                            seen = (repeat, level)
-                            progress(f"HTTP clients: repeat {repeat + 1} of {repeats}, {level} concurrent")
                         try:
                             found = client.measure(level, _calls_at(level, calls_per_level))
                         except RuntimeError as error:
-                            for at in levels:
-                                rows[at, client.name].skipped = _why(error)
-                            continue
-                        row.values.append(found["cpu_s"] * 1000)
-                        walls[level, client.name].append(found["p50_s"] * 1000)
+                            row.skipped = _why(error)
+                        else:
+                            row.values.append(found["cpu_s"] * 1000)
+                            walls[level, client.name].append(found["p50_s"] * 1000)
         finally:
             for client in clients:
                 client.close()
