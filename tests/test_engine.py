@@ -68,7 +68,7 @@ def test_five_consecutive_asyncio_runs_share_one_engine():
 
 
 def test_eight_threads_with_their_own_loops_share_one_engine():
-    engine, upstream = make_engine(latency_s=0.001)
+    engine, _upstream = make_engine(latency_s=0.001)
 
     async def several(name):
         return [await engine.call(chat_call(f"{name}-{number}")) for number in range(5)]

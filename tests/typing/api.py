@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any, assert_type
+from typing import TYPE_CHECKING, Any, assert_type
 
 import llmmw
 from llmmw.edges.requests import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 
 @llmmw.middleware(cache_ttl="10m")
