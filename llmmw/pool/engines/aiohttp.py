@@ -124,7 +124,7 @@ class AiohttpEngine:
         body = request.body
         token = _exchange.set(exchange)
         try:
-            response = await self._session.request(
+            response: aiohttp.ClientResponse | Exception = await self._session.request(
                 request.method,
                 self._url(request.url),
                 headers=self._header_map(request.headers),
@@ -133,9 +133,12 @@ class AiohttpEngine:
                 timeout=_timeout(exchange.connect_s),
             )
         except aiohttp.ClientError as error:
-            raise _mapped(error) from error
+            response = _mapped(error)
         finally:
             _exchange.reset(token)
+        if isinstance(response, Exception):
+            # Raised out here without a cause: aiohttp's errors hold the request with its headers, hence the key.
+            raise response
         return _Response(response)
 
     def _url(self, text: str) -> URL:
@@ -208,7 +211,8 @@ class _Response:
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise Lost(f"the body broke off ({type(error).__name__})", any_byte=True) from error
+            broken = Lost(f"the body broke off ({type(error).__name__})", any_byte=True)
+        raise broken
 
     async def aclose(self) -> None:
         self._response.close()

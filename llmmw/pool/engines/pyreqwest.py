@@ -57,7 +57,9 @@ class PyreqwestEngine:
             sending = builder.streamed_read_buffer_limit(0).build_streamed()
             return _Response(sending, await sending.__aenter__())
         except failures.PyreqwestError as error:
-            raise _mapped(error) from error
+            failed = _mapped(error)
+        # Raised out here without a cause: pyreqwest's errors show the whole URL, in which a key may be.
+        raise failed
 
     async def _judge(self, url: str) -> None:
         host = urlsplit(url).hostname or ""
@@ -126,12 +128,14 @@ class _Response:
         try:
             piece = await self._reader.read_chunk()
         except failures.PyreqwestError as error:
-            raise Lost(f"the body broke off ({type(error).__name__})", any_byte=True) from error
-        if piece is not None:
-            return bytes(piece)
-        self.ended = True
-        await self.aclose()
-        return b""
+            broken = Lost(f"the body broke off ({type(error).__name__})", any_byte=True)
+        else:
+            if piece is not None:
+                return bytes(piece)
+            self.ended = True
+            await self.aclose()
+            return b""
+        raise broken
 
     async def aclose(self) -> None:
         sending, self._sending = self._sending, None
