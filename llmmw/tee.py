@@ -32,6 +32,10 @@ class _Cursor:
         self.wake: asyncio.Future[None] | None = None
 
 
+def _nobody() -> bool:
+    return False
+
+
 class Tee:
     """One live stream for several readers, each of which gets it from the beginning, whenever it joined.
 
@@ -108,6 +112,7 @@ class Tee:
             await _close(source)
         finally:
             self._usage, self._source = source.usage, None
+            self._on_abandoned = _nobody  # its closure holds the flight, which holds us
             self._released.set()
 
     def fail(self, error: BaseException) -> None:

@@ -338,3 +338,28 @@ async def test_statistics_are_kept_per_agent():
             await engine.call(chat_call(context=current_context()))
         await engine.call(chat_call())
     assert engine.get_performance_stats()["by_agent"]["alice"]["request_count"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_finished_call_leaves_nothing_for_the_garbage_collector(stream):
+    from llmmw import Coalescer, TTLCache
+
+    engine = Stack(TTLCache(60), Coalescer()).bind(FakeUpstream())
+    async with engine:
+
+        async def ask(number):
+            reply = await engine.call(chat_call(f"p{number}", temperature=0, stream=stream))
+            if reply.chunks is not None:
+                async for _ in reply.chunks:
+                    pass
+
+        for number in range(3):  # what is made once
+            await ask(number)
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(3, 23):
+                await ask(number)
+            assert gc.collect() < 20  # less than one object per call
+        finally:
+            gc.enable()

@@ -246,6 +246,8 @@ class BoundCoalescer(Bound):
     def _flown(self, task: asyncio.Task[None]) -> None:
         """The task is over; if somebody cancelled it while others wait, it is made anew for them."""
         flight = self._tasks.pop(task, None)
+        if flight is not None:
+            flight.task = None  # task and flight hold each other: without this every miss would wait for the collector
         if not task.cancelled():
             task.exception()  # retrieved: whoever waits has it already
         if flight is None or flight.over:
