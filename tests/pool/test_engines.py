@@ -169,6 +169,30 @@ class PoolContract:
         with pytest.raises(ConfigError, match="metadata"):
             await make().request(HTTPRequest("POST", "http://innocent.test/v1"))
 
+    async def test_the_next_address_of_a_name_is_tried(self, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not self.sees_connections:
+            pytest.skip("names are resolved by the engine itself")
+        real = socket.getaddrinfo
+
+        def two(host: Any, port: Any, *args: Any, **kwargs: Any) -> list[Any]:
+            if host != "two.test":
+                return real(host, port, *args, **kwargs)
+            return real("127.0.0.2", port, *args, **kwargs) + real("127.0.0.1", port, *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", two)
+        async with RawServer() as server:
+            request = HTTPRequest("POST", server.origin.replace("127.0.0.1", "two.test"))
+            assert (await _whole(make(), request))[1] == b"{}"
+
+    async def test_an_idle_connection_is_given_up_after_its_expiry(self, make: Any) -> None:
+        async with RawServer() as server:
+            pool = make(keepalive_expiry=0.02)
+            await asyncio.gather(*(_whole(pool, post(server)) for _ in range(3)))
+            before = server.connections
+            await asyncio.sleep(0.05)
+            await _whole(pool, post(server))
+            assert server.connections == before + 1
+
     @pytest.mark.parametrize("reset", [False, True])
     async def test_a_new_connection_lost_after_sending_is_ambiguous(self, make: Any, reset: bool) -> None:
         async with RawServer(hang_up(reset=reset)) as server:

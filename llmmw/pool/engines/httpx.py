@@ -13,119 +13,22 @@ import os
 import ssl
 import urllib.request
 from collections import deque
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from weakref import WeakSet
 
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError, ResponseTooLarge
 from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
-from llmmw.pool.sockets import abandon
+from llmmw.pool.engines.backend import Backend, current_exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from llmmw.pool.engine import EngineOptions, Exchange
-    from llmmw.pool.guard import Guard
     from llmmw.wire import HTTPRequest
 
 _STREAMS = 100
 """Requests on one HTTP/2 connection."""
 _MAX_URLS = 256
-_exchange: ContextVar[Exchange | None] = ContextVar("llmmw_exchange", default=None)
-
-
-class _Stream:
-    """A connection's byte stream that tells the exchange under way what happens on it."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 — httpcore's signature
-        data: bytes = await self._inner.read(max_bytes, timeout)
-        exchange = _exchange.get()
-        if data and exchange is not None:
-            exchange.any_byte = True
-        return data
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 — likewise
-        exchange = _exchange.get()
-        if exchange is not None and exchange.opened is None:
-            exchange.opened = False
-        await self._inner.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 — likewise
-    ) -> _Stream:
-        self._inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        return self
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-    def drop(self) -> None:
-        """Close the socket without the event loop."""
-        stream = getattr(self._inner, "_stream", None)
-        stream = getattr(stream, "transport_stream", stream)
-        abandon(getattr(stream, "_transport", None))
-
-
-class _Backend:
-    """Makes connections: resolves, has every address judged, and remembers the streams to be able to drop them."""
-
-    def __init__(self, inner: Any, guard: Guard) -> None:
-        self._inner = inner
-        self._guard = guard
-        self.streams: WeakSet[_Stream] = WeakSet()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 — httpcore's signature
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> _Stream:
-        try:
-            async with asyncio.timeout(timeout):
-                stream = _Stream(await self._connect(host, port, local_address, socket_options))
-        except TimeoutError:
-            raise ConnectionFailed("no connection in time") from None
-        self.streams.add(stream)
-        exchange = _exchange.get()
-        if exchange is not None:
-            exchange.opened = True
-        return stream
-
-    async def _connect(
-        self, host: str, port: int, local_address: str | None, socket_options: Iterable[Any] | None
-    ) -> Any:
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, port, type=1)
-        except OSError as error:
-            raise ConnectionFailed(f"no connection: the name {host!r} does not resolve ({error})") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            self._guard.refuse_address(host, address)
-        for address in addresses[:-1]:
-            try:
-                return await self._inner.connect_tcp(address, port, None, local_address, socket_options)
-            except Exception as error:  # noqa: BLE001 — httpcore's ConnectError, of either package
-                del error
-        return await self._inner.connect_tcp(addresses[-1], port, None, local_address, socket_options)
-
-    async def connect_unix_socket(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
 
 
 class _Shard:
@@ -153,7 +56,7 @@ class HttpcoreEngine:
         self._options = options
         verify = options.verify
         self._ssl = _ssl_context(self._core, verify) if isinstance(verify, bool) else verify
-        self._backend = _Backend(self._core.AnyIOBackend(), options.guard)
+        self._backend = Backend(self._core.AnyIOBackend(), options.guard)
         self._capacity = _STREAMS if options.http2 else 1
         self._shards: set[_Shard] = set()
         self._free: dict[str | None, deque[_Shard]] = {}
@@ -178,7 +81,7 @@ class HttpcoreEngine:
             extensions={"timeout": {"connect": exchange.connect_s}},
         )
         shard = self._take(proxy)
-        token = _exchange.set(exchange)
+        token = current_exchange.set(exchange)
         try:
             response = await shard.pool.handle_async_request(native)
         except BaseException as error:
@@ -188,7 +91,7 @@ class HttpcoreEngine:
                 raise
             raise found from error
         finally:
-            _exchange.reset(token)
+            current_exchange.reset(token)
         return _Response(self, shard, response)
 
     def _locate(self, text: str) -> tuple[Any, bytes, str | None]:
