@@ -32,25 +32,33 @@ _Shape = list[tuple[float, float]]
 
 
 class _Episode:
-    __slots__ = ("began", "granted", "refused", "refused_start")
+    __slots__ = ("began", "granted", "refused", "refused_first", "refused_start")
 
     def __init__(self, began: float) -> None:
         self.began = began
         self.granted = 0
         self.refused = 0
         self.refused_start = inf
-        """When the earliest of the refused calls was granted."""
+        """When the earliest of the refused calls were granted, and how many those are."""
+        self.refused_first = 0
 
     @property
     def admitted(self) -> int:
         return self.granted - self.refused
+
+    def refuse(self, started: float) -> None:
+        self.refused += 1
+        if started < self.refused_start:
+            self.refused_start, self.refused_first = started, 0
+        self.refused_first += started == self.refused_start
 
 
 class Pace:
     """Decides when the next call may go out. One per bucket; without refusals only the ramp holds calls back.
 
     Args:
-        ramp_s: start an unknown server with few calls and double their number in each such period; 0: do not.
+        ramp_s: start an unknown server with few calls and double their number with each round of answers, or each such
+            period where answers take longer; 0: do not.
     """
 
     __slots__ = (
@@ -77,8 +85,8 @@ class Pace:
         """Calls per second that are let through at most, once something was learnt."""
         return self._throttle.per_s
 
-    def opens_at(self, now: float) -> float:
-        """When the next call may go out; a time that has passed when it may now."""
+    def opens_at(self, now: float, under_way: int) -> float:
+        """When the next call may go out besides those under way; a time that has passed when it may now."""
         if now < self.until:
             return self.until
         if self._probe_until != _NEVER:
@@ -87,7 +95,7 @@ class Pace:
             self._confirm(now)
         if self._episode is not None and self._episode.refused:
             return now
-        return self._throttle.opens_at(now)
+        return self._throttle.opens_at(now, under_way)
 
     def granted(self, now: float) -> None:
         """A call goes out."""
@@ -99,6 +107,10 @@ class Pace:
             episode = self._episode = _Episode(now)
         episode.granted += 1
         self._throttle.granted(now)
+
+    def answered(self, under_way: int) -> None:
+        """One of the calls under way (itself among them) was answered well."""
+        self._throttle.answered(under_way)
 
     def unsent(self) -> None:
         """A grant was given back."""
@@ -120,8 +132,7 @@ class Pace:
             return False
         self._latency = min(0.5, max(0.7 * self._latency, now - started))
         first = not episode.refused
-        episode.refused += 1
-        episode.refused_start = min(episode.refused_start, started)
+        episode.refuse(started)
         if first:
             if self._probe_until == _NEVER:
                 self._stalled, self._probes = now, 0
@@ -187,11 +198,15 @@ class Pace:
             self._throttle.set_rate(steady, now, cycle=lasted, trust=SURE // 2, goal=goal)
 
     def _shape(self, episode: _Episode, ended: float) -> _Shape:
-        """(t, A): in the last t seconds before its first refusal the episode admitted A; at most 128 points."""
-        times = [at for at in self._throttle.grants if episode.began <= at < ended]
+        """(t, A): in the last t seconds before its first refusal the episode admitted A; at most 128 points.
+
+        What it admitted after that refusal, while the word of it was under way, does not belong here.
+        """
+        times = [at for at in self._throttle.grants if episode.began <= at <= ended]
+        admitted = min(episode.admitted, len(times) - episode.refused_first)
         step = len(times) // _MAX_POINTS + 1
-        shape = [(ended - at, float(episode.admitted - index)) for index, at in enumerate(times) if index % step == 0]
-        return [*shape, (0.0, float(episode.admitted - len(times)))]
+        shape = [(ended - at, float(admitted - i)) for i, at in enumerate(times) if i % step == 0 and i < admitted]
+        return [*shape, (0.0, 0.0)]
 
 
 def _fit(first: _Shape, second: _Shape, most: float) -> float:

@@ -12,12 +12,15 @@ from math import inf
 _RAMP_START = 8
 RAMP_PERIOD_S = 0.2
 LOCAL_RAMP_PERIOD_S = 0.05
-"""An unknown server gets 8 calls in the first 200 ms (50 ms on this machine), and twice as many after each such period
-that was full and clean: refusals come within milliseconds, so few calls are wasted, and hundreds are out after a second
-even where answers take minutes."""
+"""An unknown server gets 8 calls at first. From then on whatever comes first lets more go: each good answer admits two
+(the number under way doubles per round trip, and calls made one after the other never wait), and each period of 200 ms
+(50 ms on this machine) that was full and clean twice as many as the one before, so that hundreds are out after a second
+even where answers take minutes. Refusals come within milliseconds, so few calls are wasted."""
 _RAMP_TOP_PER_S = 640
-"""Nor faster than this during the first second at that rate: the sender itself then needs 100s of ms to get its calls
-out (a call costs it about a ms), and would have sent hundreds before it hears the first refusal."""
+"""Nor by time faster than this during the first second at that rate: the sender itself then needs 100s of ms to get its
+calls out (a call costs it about a ms), and would have sent hundreds before it hears the first refusal."""
+_RAMP_TOP = 640
+"""A server that answers so many at once well is not unknown any more."""
 SURE = 4
 """At most: 3 % more after 16 clean cycles. At trust 0, where a single call hints at the limit: half more after one."""
 _STEP = 1.1
@@ -36,7 +39,7 @@ class Throttle:
 
     __slots__ = (
         "_at_top", "_cap", "_cycle", "_doubling", "_goal", "_good", "_next", "_period", "_raised", "_ramp_s", "_rate",
-        "_slack", "_soon", "_trust", "grants", "settled",
+        "_slack", "_soon", "_trust", "_under_way", "grants", "settled",
     )  # fmt: skip
 
     def __init__(self, *, ramp_s: float) -> None:
@@ -44,7 +47,7 @@ class Throttle:
         self.settled = False
         """Whether a limit was learnt (while ramping or doubling it is only being looked for)."""
         self._ramp_s = ramp_s or RAMP_PERIOD_S
-        self._cap = _RAMP_START if ramp_s else 0
+        self._cap = self._under_way = _RAMP_START if ramp_s else 0
         self._period = self._ramp_s
         self._at_top = 0.0
         self._rate = self._doubling = self._goal = self._cycle = 0.0
@@ -61,11 +64,11 @@ class Throttle:
             return self._rate
         return self._cap / self._period if self._cap and self.settled else None
 
-    def opens_at(self, now: float) -> float:
-        """When the next call may go out; a time that has passed when it may now."""
+    def opens_at(self, now: float, under_way: int) -> float:
+        """When the next call may go out besides those under way; a time that has passed when it may now."""
         if self._rate:
             return self._next
-        if self._cap and len(self.grants) >= self._cap:
+        if self._cap and len(self.grants) >= self._cap and (self.settled or under_way >= self._under_way):
             return self.grants[-self._cap] + self._period
         return now
 
@@ -77,10 +80,18 @@ class Throttle:
             self._count_period(now)
         self.grants.append(now)
 
+    def answered(self, under_way: int) -> None:
+        """One of the calls under way was answered well."""
+        if not self._cap or self.settled or 2 * under_way < self._under_way:
+            return  # few at once do not show that many would be admitted
+        self._under_way += 1
+        if self._under_way > _RAMP_TOP:
+            self._cap = 0
+
     def ramp(self, now: float) -> None:
         """Start (again) gently."""
         self._rate, self._cap, self._period, self._raised, self.settled = 0.0, 2, self._ramp_s, now, False
-        self._at_top = 0.0
+        self._at_top, self._under_way = 0.0, 2
 
     def look_for(self, rate: float, doubling: float, now: float) -> None:
         """Begin at this rate and double it with every so many calls."""

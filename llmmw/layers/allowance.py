@@ -98,7 +98,7 @@ class Allowance:
         """When one more request fits (its tokens and unit apart); infinity while no slot is free."""
         if self.aimd is not None and self.in_use >= self.aimd.limit:
             return inf
-        opens = self.pace.opens_at(now)
+        opens = self.pace.opens_at(now, self.in_use)
         if self.requests is not None and not self.requests.fits(1, now):
             opens = max(opens, self.requests.when(1, now))
         return opens
@@ -160,8 +160,10 @@ class Allowance:
                 ledger.settle(cell, amount, spent if name == "input" else spent + usage.output_tokens, now)
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
-        if well and self.aimd is not None:
-            self.aimd.succeeded(saturated=self.in_use >= self.aimd.limit)
+        if well:
+            self.pace.answered(self.in_use)
+            if self.aimd is not None:
+                self.aimd.succeeded(saturated=self.in_use >= self.aimd.limit)
         self._release(permit)
         return True
 

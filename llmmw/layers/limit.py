@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmmw.algo.throttle import RAMP_PERIOD_S
@@ -15,11 +16,9 @@ from llmmw.errors import ConfigError
 from llmmw.layers.allowance import Limits
 from llmmw.layers.limiter import BoundLimiter
 from llmmw.order import Role
-from llmmw.settings import choice, number, positive_seconds, settings, whole
+from llmmw.settings import choice, number, positive_seconds, settings, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from llmmw.call import Handler
     from llmmw.env import Env
 
@@ -46,8 +45,8 @@ class RateLimiter:
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
         adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; without rpm also start gently at
-            a server whose limits are unknown: 8 calls in the first 200 ms, then twice as many each 200 ms
-            (50 ms at a local server).
+            a server whose limits are unknown: 8 calls at first, then two more for each good answer, and twice as many
+            each 200 ms (50 ms at a local server) where answers take longer. Calls one after the other never wait.
         headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
         age_bound: seconds after which a waiter is not passed by smaller ones any more, and gets an eighth of all
             grants whatever its priority.
@@ -89,7 +88,12 @@ class RateLimiter:
         choice("RateLimiter(oversize=)", self.oversize, ("debt", "refuse"))
         choice("RateLimiter(reserve=)", self.reserve, ("learned", "max"))
         choice("RateLimiter(cached_input=)", self.cached_input, ("charged", "free"))
+        if not isinstance(self.weights, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
+            raise ConfigError(
+                f"RateLimiter(weights={self.weights!r}): must be a mapping from tenant or agent to number"
+            )
         for name, weight in self.weights.items():
+            text("RateLimiter(weights=) for", name)
             number(f"RateLimiter(weights=) of {name!r}", weight, open_low=True)
         self.limits()
 

@@ -720,6 +720,38 @@ async def test_unknown_servers_are_approached_gently(clock, capabilities, most):
 
 
 @manual_time
+async def test_calls_one_after_the_other_never_wait_for_the_gentle_start(clock):
+    bound = RateLimiter().bind(Recorder(clock, latency_s=0.0), Env(clock=clock))
+    began = clock.monotonic()
+    for _ in range(1000):
+        await bound(chat_call())
+    assert clock.monotonic() == began
+
+
+@manual_time
+async def test_each_good_answer_of_an_unknown_server_admits_two_more(clock):
+    upstream = Recorder(clock, latency_s=0.05)
+    bound = RateLimiter().bind(upstream, Env(clock=clock))
+    began = clock.monotonic()
+    await asyncio.gather(*(bound(chat_call()) for _ in range(64)))
+    assert upstream.times[-1] - began <= 0.15 + 1e-6
+    assert [upstream.times.count(at) for at in sorted(set(upstream.times))] == [8, 16, 32, 8]
+
+
+@manual_time
+async def test_few_good_answers_at_a_time_do_not_admit_a_crowd(clock):
+    upstream = Recorder(clock, latency_s=0.0)
+    bound = RateLimiter().bind(upstream, Env(clock=clock))
+    for _ in range(200):
+        await bound(chat_call())
+    upstream.latency_s = 1.0
+    crowd = [asyncio.ensure_future(bound(chat_call())) for _ in range(50)]
+    await asyncio.sleep(0.01)
+    assert len(upstream.times) - 200 == 8
+    await asyncio.gather(*crowd)
+
+
+@manual_time
 async def test_refused_call_that_is_repeated_keeps_its_place(clock):
     upstream = Recorder(clock, latency_s=0.5)
     upstream.answer = lambda call: error_reply(429, retry_after="5") if len(upstream.times) == 1 else answered(1, 1)
