@@ -4,11 +4,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
 from llmmw import __version__
 from llmmw.errors import LLMMWError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from llmmw.demo.workload import Workload
 
 _NEEDS_EXTRA = "the llmmw command needs two small packages: pip install 'llmmw[cli]'"
 
@@ -50,14 +54,18 @@ def build_app() -> Any:
         api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
         agents: Annotated[int, typer.Option(min=1, help="How many agents ask.")] = 20,
         ticks: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 6,
-        max_tokens: Annotated[int | None, typer.Option(min=1, help="Bound on each answer.")] = None,
+        max_tokens: Annotated[int, typer.Option(min=1, help="Bound on each answer; a cut one is not cached.")] = 256,
+        stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
         json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
         chart: Annotated[Path | None, typer.Option(help="Write a chart here (png, svg, pdf).")] = None,
     ) -> None:
         """Run 20 agents for several ticks three ways: bare SDK one by one, all at once, and through llmmw."""
+        from llmmw.demo.workload import Workload  # noqa: PLC0415 — only this command needs the demo
+
         if (base_url is None) != (model is None):
             raise typer.BadParameter("--base-url and --model go together")
-        _demo(Console(), base_url, model, api_key, (agents, ticks, max_tokens), json, chart)
+        workload = Workload(agents=agents, ticks=ticks, max_tokens=max_tokens, stop=tuple(stop or ()))
+        _demo(Console(), base_url, model, api_key, workload, json, chart)
 
     @app.command()
     def serve() -> None:
@@ -91,21 +99,19 @@ def _demo(
     base_url: str | None,
     model: str | None,
     api_key: str | None,
-    size: tuple[int, int, int | None],
+    workload: "Workload",
     json: Path | None,
     chart: Path | None,
 ) -> None:
     from llmmw.demo import report  # noqa: PLC0415 — only this command needs the demo
     from llmmw.demo.run import run  # noqa: PLC0415
     from llmmw.demo.ways import Setting  # noqa: PLC0415
-    from llmmw.demo.workload import Trouble, Workload  # noqa: PLC0415
+    from llmmw.demo.workload import Trouble  # noqa: PLC0415
     from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415
 
-    agents, ticks, max_tokens = size
-    workload = Workload(agents=agents, ticks=ticks, max_tokens=max_tokens)
     world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)
     where = "the embedded server (emulated timing, no model)" if base_url is None else base_url
-    title = f"{agents} agents, {ticks} ticks, {workload.total} questions to {where}"
+    title = f"{workload.agents} agents, {workload.ticks} ticks, {workload.total} questions to {where}"
     console.print(title)
     if base_url is None:
         trouble = Trouble()
@@ -117,7 +123,7 @@ def _demo(
     with world:
         results = run(world, Setting(workload, model or EMBEDDED_MODEL, api_key), console)
     console.print(report.table(results, title=title))
-    about = {"agents": agents, "ticks": ticks, "questions": workload.total, "server": where, "llmmw": __version__}
+    about = {"workload": msgspec.to_builtins(workload), "server": where, "llmmw": __version__}
     if json is not None:
         report.write_json(json, results, about)
         console.print(f"figures: {json}")

@@ -80,8 +80,8 @@ class Setting(msgspec.Struct, frozen=True):
     @property
     def limits(self) -> dict[str, Any]:
         """Fields that bound the answer."""
-        bound = self.workload.max_tokens
-        return {} if bound is None else {"max_tokens": bound}
+        fields = {"max_tokens": self.workload.max_tokens, "stop": list(self.workload.stop)}
+        return {name: value for name, value in fields.items() if value}
 
 
 async def bare(world: World, setting: Setting, progress: Progress, *, concurrently: bool) -> Result:

@@ -29,6 +29,8 @@ class Workload(msgspec.Struct, frozen=True):
     ticks: int = 6
     max_tokens: int | None = None
     """Bound on each answer. A cut answer is never cached, so a bound that cuts shows no hits."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; for a model that never ends by itself."""
 
     @property
     def total(self) -> int:
