@@ -85,6 +85,18 @@ class Driver:
             return [chunk async for chunk in await self.resource.create(**arguments)]
         return await self.run(lambda: list(self.resource.create(**arguments)))
 
+    async def entered(self, manager: Any, read: str) -> Any:
+        """What a stream helper's `read` method tells, called inside its `with`."""
+        if self.is_async:
+            async with manager as stream:
+                return await getattr(stream, read)()
+
+        def within() -> Any:
+            with manager as stream:
+                return getattr(stream, read)()
+
+        return await self.run(within)
+
     def text(self, answer: Any) -> str:
         return answer.choices[0].message.content if self.sdk == "openai" else answer.content[0].text
 
@@ -116,10 +128,16 @@ def server(process):
     return process
 
 
+def pytest_configure(config):
+    about = "only(*tags): the scenario makes sense for these drivers alone (an SDK, a mode, an edge, transport)"
+    config.addinivalue_line("markers", about)
+
+
 def pytest_generate_tests(metafunc):
-    """Every kind of driver, or those that have all the tags which the test names with `only(...)`."""
+    """Every kind of driver, or those that have all the tags which the test's `only` mark names."""
     if "kind" in metafunc.fixturenames:
-        tags = getattr(metafunc.function, "only", ())
+        mark = metafunc.definition.get_closest_marker("only")
+        tags = mark.args if mark else ()
         metafunc.parametrize("kind", [kind for kind in KINDS if all(tag in tags_of(kind) for tag in tags)])
 
 

@@ -18,7 +18,7 @@ OVERLAY = ROOT / ".venv-openai2"
 @pytest.mark.skipif(not OVERLAY.is_dir(), reason="openai 2 is not installed beside the venv: make install")
 @pytest.mark.timeout(240)
 def test_openai_2_behaves_as_without_llmmw():
-    scenarios = Path(__file__).with_name("test_sdk_conformance.py")
+    scenarios = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", str(scenarios), "-p", "no:cacheprovider", "-k", "openai-"]
     environment = {**os.environ, "PYTHONPATH": str(OVERLAY)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

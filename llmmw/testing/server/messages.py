@@ -31,6 +31,7 @@ async def messages(exchange: Exchange) -> Answer:
         top_p=1.0 if asked.top_p is None else asked.top_p,
         max_tokens=asked.max_tokens,
         stop=tuple(asked.stop_sequences or ()),
+        schema=_schema(asked),
         tool=chosen_tool(tools, _choice(asked.tool_choice), prompt.last_user, exchange.core.config.tool_marker),
     )
     planned = exchange.plan([prompt], sampling, stream=bool(asked.stream))
@@ -48,6 +49,21 @@ def _choice(choice: Json | None) -> str:
     if kind == "tool":
         return str((choice or {}).get("name"))
     return "required" if kind == "any" else str(kind)
+
+
+def _schema(asked: MessagesRequest) -> Json | None:
+    """The schema the text must satisfy, if any; Anthropic knows json_schema alone."""
+    nested = (asked.output_config or {}).get("format")
+    if nested is not None and asked.output_format is not None:
+        raise bad_value("output_format: not allowed beside output_config.format", "output_format")
+    wanted = asked.output_format if nested is None else nested
+    if wanted is None:
+        return None
+    form = as_dict(wanted)
+    schema = form.get("schema")
+    if form.get("type") != "json_schema" or not isinstance(schema, dict):
+        raise bad_value("output_config.format: needs type json_schema and an object under schema", "output_config")
+    return as_dict(schema)
 
 
 def _head(exchange: Exchange, model: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class EmbeddingRequest(Struct, kw_only=True):
 
 
 class MessagesRequest(Struct, kw_only=True):
-    """POST /v1/messages, Anthropic's shape."""
+    """POST /v1/messages, Anthropic's shape; ``output_format`` is the older beta's place of output_config's format."""
 
     messages: list[Json]
     max_tokens: int
@@ -84,6 +84,8 @@ class MessagesRequest(Struct, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     stop_sequences: list[str] | None = None
+    output_config: Json | None = None
+    output_format: Json | None = None
     tools: list[Json] | None = None
     tool_choice: Json | None = None
 

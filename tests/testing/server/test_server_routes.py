@@ -1,9 +1,11 @@
 import json
 import math
+from typing import Literal
 
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 
 from llmmw.testing.server.tokens import count, pieces, words
 
@@ -95,6 +97,47 @@ async def test_anthropic_tool_use(claude):
     assert (await claude.messages.create(**{**ask, "messages": USER}, tool_choice=forced)).content[0].name == "look"
     answered = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "ok"}]}
     assert (await claude.messages.create(**{**ask, "messages": [*CALL, answered]})).content[0].type == "text"
+
+
+class Found(BaseModel):
+    n: int
+    kind: Literal["a", "b"]
+    parts: list[str]
+
+
+async def test_anthropic_structured_outputs(claude):
+    ask = {"model": MODEL, "max_tokens": 99, "extra_body": {"temperature": 0}, "messages": USER}
+    parsed = await claude.messages.parse(**ask, output_format=Found)
+    assert isinstance(parsed.parsed_output, Found)
+    assert parsed.stop_reason == "end_turn"
+    async with claude.messages.stream(**ask, output_format=Found) as stream:
+        pieces_seen = [event.text async for event in stream if event.type == "text"]
+        streamed = await stream.get_final_message()
+    assert len(pieces_seen) > 2
+    assert streamed.parsed_output == parsed.parsed_output
+    assert (await claude.beta.messages.parse(**ask, output_format=Found)).parsed_output == parsed.parsed_output
+    form = {"type": "json_schema", "schema": Found.model_json_schema()}
+    for wanted in ({"output_config": {"format": form}}, {"extra_body": {"output_format": form}}):
+        formed = await claude.messages.create(**{**ask, **wanted})
+        Found.model_validate_json(formed.content[0].text)
+    called = {**ask, "messages": CALL, "tools": [TOOL], "output_config": {"format": form}}
+    assert (await claude.messages.create(**called)).content[0].type == "tool_use"
+    cut = await claude.messages.create(**{**ask, "max_tokens": 2}, output_config={"format": form})
+    assert cut.stop_reason == "max_tokens"
+    effort = await claude.messages.create(**ask, output_config={"effort": "low", "format": None})
+    assert not effort.content[0].text.startswith("{")
+
+
+async def test_anthropic_structured_outputs_refuse_what_is_no_schema(claude):
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    for bad in (
+        {"output_config": {"format": {"type": "json_object"}}},
+        {"output_config": {"format": {"type": "json_schema"}}},
+        {"output_config": {"format": "json"}},
+        {"output_config": {"format": form}, "output_format": form},
+    ):
+        with pytest.raises(anthropic.BadRequestError, match="output_"):
+            await claude.messages.create(model=MODEL, max_tokens=9, messages=USER, extra_body=bad)
 
 
 async def test_anthropic_errors_have_their_own_shape(claude, server):
