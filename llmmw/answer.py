@@ -110,7 +110,14 @@ def _content_texts(content: object) -> Iterator[str]:
 
 def text_of(body: object) -> str:
     """The text of the first choice ("" where there is none, as for a pure tool call or an embedding)."""
-    return "".join(_texts(mapping(body)))
+    found: Any = body
+    try:  # nearly every answer is one
+        content = found["choices"][0]["message"]["content"]
+        if type(content) is str and not ("content" in found or "output" in found):
+            return content
+    except (KeyError, IndexError, TypeError):
+        pass
+    return "".join(_texts(mapping(found)))
 
 
 def finish_reasons(body: object) -> list[str]:
