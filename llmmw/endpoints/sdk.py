@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakSet
@@ -197,10 +199,29 @@ class _ThreadPieces(_Pieces):
         super().__init__(response)
         self._pieces = iter(response.iter_bytes())
         self._run = run
+        self._is_reading = False
 
     async def _next(self) -> bytes | None:
-        piece: bytes | None = await self._run(lambda: next(self._pieces, None))
+        self._is_reading = True
+        piece: bytes | None = await self._run(self._read)
         return piece
 
+    def _read(self) -> bytes | None:
+        try:
+            return next(self._pieces, None)
+        finally:
+            self._is_reading = False
+
     async def _close(self) -> None:
+        if self._is_reading:
+            _wake(self._response)
         await self._run(self._response.close)
+
+
+def _wake(response: Any) -> None:
+    """End a read that another thread waits in; closing the socket alone would neither end it nor tell the server."""
+    stream = response.extensions.get("network_stream")
+    connection = None if stream is None else stream.get_extra_info("socket")
+    if isinstance(connection, socket.socket):
+        with suppress(OSError):
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # of a TLS socket too, past its own farewell

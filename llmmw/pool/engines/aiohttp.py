@@ -208,8 +208,13 @@ class _Response:
         return self._content.at_eof()
 
     async def next(self) -> bytes:
+        content = self._content
         try:
-            return await self._content.readany()
+            # `readany` would join chunks that arrived together, and a stream is passed on as the server cut it.
+            while True:
+                piece, at_cut = await content.readchunk()
+                if piece or not at_cut:
+                    return piece
         except (aiohttp.ClientError, OSError) as error:
             broken = Lost(f"the body broke off ({type(error).__name__})", any_byte=True)
         raise broken
