@@ -14,7 +14,7 @@ from llmmw.events import CallEnded, CallStarted
 from llmmw.home import Home
 from llmmw.inflight import InFlight
 from llmmw.layers.flight import current_flight
-from llmmw.readers import BridgedChunks, GuardedChunks
+from llmmw.readers import GuardedChunks, bridged, whose
 from llmmw.stats import Stats
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Engine:
         reply = self._peek(call)
         if reply is not None:
             return reply
-        reply = await self._home.run(lambda: self._serve(call))
-        return reply if reply.chunks is None else reply.replace(chunks=BridgedChunks(self._home, reply.chunks))
+        return bridged(self._home, await self._home.run(lambda: self._serve(call)))
 
     def call_sync(self, call: Call) -> Reply:
         """Answer a call from plain code; a stream's chunks are then read with `next_chunk_sync`.
@@ -101,8 +100,7 @@ class Engine:
         reply = self._peek(call)
         if reply is not None:
             return reply
-        reply = self._home.run_sync(lambda: self._serve(call))
-        return reply if reply.chunks is None else reply.replace(chunks=BridgedChunks(self._home, reply.chunks))
+        return bridged(self._home, self._home.run_sync(lambda: self._serve(call)))
 
     def run_sync(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine on the home loop and wait, from plain code.
@@ -147,7 +145,6 @@ class Engine:
             result, error_name = _result_of(reply)
             self._finish(number, result, began, agent, reply.usage, error_name)
             return reply
-        self._calls.hand_over(number)
 
         def ended(end: End) -> None:
             result, error_name = _result_of(reply)
@@ -157,7 +154,9 @@ class Engine:
                 result = "cancelled"
             self._finish(number, result, began, agent, end.usage, error_name)
 
-        return reply.replace(chunks=GuardedChunks(reply.chunks, ended))
+        guarded = GuardedChunks(reply.chunks, ended)
+        self._calls.hand_over(number, guarded)
+        return reply.replace(chunks=guarded)
 
     def _finish(
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
@@ -207,10 +206,14 @@ class Engine:
         return self._closed
 
     async def aclose(self, *, drain_timeout: float = DRAIN_S) -> None:
-        """Refuse new calls, wait for those in flight, then release everything. Idempotent, from any loop."""
+        """Refuse new calls, wait for those in flight, then release everything. Idempotent, from any loop.
+
+        A stream that the closer itself was reading is broken off at once; who reads on gets Closed.
+        """
         self._closed = True
         if not self._released:
-            await self._home.run(lambda: self._close_here(drain_timeout))
+            me = whose()
+            await self._home.run(lambda: self._close_here(drain_timeout, me))
         self._home.stop_thread()
 
     def close(self, *, drain_timeout: float = DRAIN_S) -> None:
@@ -222,21 +225,23 @@ class Engine:
         self._home.refuse_own_thread()
         self._closed = True
         if not self._released:
-            self._home.run_sync(lambda: self._close_here(drain_timeout))
+            me = whose()
+            self._home.run_sync(lambda: self._close_here(drain_timeout, me))
         self._home.stop_thread()
 
-    async def _close_here(self, drain_timeout: float) -> None:
-        if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
-            self._closing = asyncio.get_running_loop().create_task(self._close(asyncio.current_task(), drain_timeout))
+    async def _close_here(self, drain_timeout: float, closer: object) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if self._closing is None or self._closing.get_loop() is not loop:
+            self._closing = loop.create_task(self._close(task, drain_timeout, closer))
         # A function that closes its own engine inside a shared call would wait for itself: the close goes on alone.
         if current_flight() is None:
             await asyncio.shield(self._closing)
 
-    async def _close(self, closer: asyncio.Task[Any] | None, drain_timeout: float) -> None:
+    async def _close(self, task: asyncio.Task[Any] | None, drain_timeout: float, closer: object) -> None:
         for _, bound in self._bounds:
             bound.closing()
-        self._calls.forget(closer)  # closed from inside a call: it cannot wait for itself
-        await self._calls.drain(drain_timeout)
+        self._calls.forget(task)  # closed from inside a call: it cannot wait for itself
+        await self._calls.drain(drain_timeout, closer)
         for _, bound in self._bounds:
             await bound.aclose()
         for endpoint in self._endpoints:

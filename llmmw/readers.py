@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from llmmw.errors import Closed, LLMMWError
 from llmmw.stream import Tap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmmw.answer import Usage
-    from llmmw.call import Chunk, Chunks
+    from llmmw.call import Chunk, Chunks, Reply
     from llmmw.home import Home
     from llmmw.stream import End
+
+
+def whose() -> object:
+    """Who is running: the task, or the thread of plain code. Equal for the same one, and keeps nobody alive."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident() if task is None else weakref.ref(task)
 
 
 class GuardedChunks:
@@ -22,7 +34,12 @@ class GuardedChunks:
 
     def __init__(self, inner: Chunks, on_end: Callable[[End], None]) -> None:
         self._over = False
-        self._loop = asyncio.get_running_loop()
+        self._broken = ""
+        self.loop = asyncio.get_running_loop()
+        self.reader: object = whose()
+        """Who made the call, then who read last."""
+        self.is_bridged = False
+        """Whether a bridge reads it and says for whom."""
 
         def ended(end: End) -> None:
             guard = this()
@@ -42,24 +59,40 @@ class GuardedChunks:
         return self
 
     async def __anext__(self) -> Chunk:
-        return await self._tap.__anext__()
+        if not self.is_bridged:
+            self.reader = whose()
+        try:
+            return await self._tap.__anext__()
+        except (StopAsyncIteration, LLMMWError):
+            if not self._broken:
+                raise
+        raise Closed(self._broken)
 
     async def aclose(self) -> None:
         """Stop reading and release everything."""
         await self._tap.aclose()
 
+    async def break_off(self, why: str) -> None:
+        """Release everything; whoever reads, now or later, gets Closed."""
+        if not self._over:
+            self._broken = why
+            await self._tap.aclose()
+
     def __del__(self) -> None:
-        if not self._over and not self._loop.is_closed():
-            loop, tap = self._loop, self._tap
+        if not self._over and not self.loop.is_closed():
+            loop, tap = self.loop, self._tap
             loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
 
 
 class BridgedChunks:
     """A stream that lives on the home loop, read from elsewhere: from another loop, or from plain code."""
 
-    def __init__(self, home: Home, inner: Chunks) -> None:
+    def __init__(self, home: Home, inner: GuardedChunks) -> None:
         self._home = home
         self._inner = inner
+        self._loop = inner.loop
+        inner.is_bridged = True
+        inner.reader = whose()
 
     @property
     def usage(self) -> Usage:
@@ -70,6 +103,7 @@ class BridgedChunks:
         return self
 
     async def __anext__(self) -> Chunk:
+        self._inner.reader = whose()
         found = await self._home.run(self._next, repeat=False)
         if found is None:
             raise StopAsyncIteration
@@ -77,19 +111,36 @@ class BridgedChunks:
 
     async def aclose(self) -> None:
         """Stop reading and release the stream on its own loop."""
-        await self._home.run(self._inner.aclose, repeat=False)
+        with contextlib.suppress(Closed):  # whoever closed the engine has released it
+            await self._home.run(self._close, repeat=False)
 
     def next_sync(self) -> Chunk | None:
         """The next chunk, or None at the end, from plain code."""
+        self._inner.reader = whose()
         return self._home.run_sync(self._next, repeat=False)
 
     def close_sync(self) -> None:
         """`aclose` from plain code."""
-        self._home.run_sync(self._inner.aclose, repeat=False)
+        if self._home.is_here():
+            return  # inside a garbage collection, and dropping the stream releases it as well
+        with contextlib.suppress(Closed):  # as above
+            self._home.run_sync(self._close, repeat=False)
 
     async def _next(self) -> Chunk | None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise Closed("the event loop that this stream came from has ended")
         # StopAsyncIteration cannot cross a future, so the end travels as None.
         try:
             return await self._inner.__anext__()
         except StopAsyncIteration:
             return None
+
+    async def _close(self) -> None:
+        if asyncio.get_running_loop() is self._loop:
+            await self._inner.aclose()
+
+
+def bridged(home: Home, reply: Reply) -> Reply:
+    """The reply for a caller elsewhere than on the home loop."""
+    chunks = reply.chunks
+    return reply.replace(chunks=BridgedChunks(home, chunks)) if isinstance(chunks, GuardedChunks) else reply
