@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
+from llmmw.closing import close_all, closed_error, note_or_raise
 from llmmw.errors import Closed
 from llmmw.events import CallEnded, CallStarted
 from llmmw.home import Home
@@ -18,7 +20,7 @@ from llmmw.readers import GuardedChunks, bridged, whose
 from llmmw.stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
     from types import TracebackType
 
     from llmmw.answer import Usage
@@ -58,6 +60,7 @@ class Engine:
         self._handler = handler
         self._bounds = tuple(bounds)
         self._endpoints = tuple(endpoints)
+        self._parts: tuple[Bound | Endpoint, ...] = (*(bound for _, bound in bounds), *endpoints)
         self._hit_source = hit_source
         self.env = env
         self._stats = Stats()
@@ -80,7 +83,7 @@ class Engine:
             LLMMWError: what the layers and the endpoint raise; a user function's own exceptions come through as is.
         """
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
         if self._home.adopt():
             return await self._serve(call)
         reply = self._peek(call)
@@ -96,7 +99,7 @@ class Engine:
             Closed: the engine was closed.
         """
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
         reply = self._peek(call)
         if reply is not None:
             return reply
@@ -110,7 +113,7 @@ class Engine:
             Closed: the engine was closed.
         """
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
         return self._home.run_sync(make, repeat=False)
 
     def _peek(self, call: Call) -> Reply | None:
@@ -128,7 +131,7 @@ class Engine:
     async def _serve(self, call: Call) -> Reply:
         """One call on the home loop, counted from start to the end of its body."""
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
         env, agent, task = self.env, call.context.agent, asyncio.current_task()
         began = env.clock.monotonic()
         number = self._calls.begin(task)
@@ -139,7 +142,7 @@ class Engine:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
             if isinstance(error, asyncio.CancelledError) and self._calls.was_cancelled_here(task):
-                raise _closed_error() from None
+                raise closed_error() from None
             raise
         if reply.chunks is None:
             result, error_name = _result_of(reply)
@@ -210,11 +213,10 @@ class Engine:
 
         A stream that the closer itself was reading is broken off at once; who reads on gets Closed.
         """
-        self._closed = True
-        if not self._released:
-            me = whose()
-            await self._home.run(lambda: self._close_here(drain_timeout, me))
-        self._home.stop_thread()
+        self._closed, me = True, whose()
+        with self._ending():
+            if not self._released:
+                await self._home.run(lambda: self._close_here(drain_timeout, me))
 
     def close(self, *, drain_timeout: float = DRAIN_S) -> None:
         """`aclose` for plain code.
@@ -223,16 +225,25 @@ class Engine:
             ConfigError: called on the home loop's own thread; use `await aclose()` there.
         """
         self._home.refuse_own_thread()
-        self._closed = True
-        if not self._released:
-            me = whose()
-            self._home.run_sync(lambda: self._close_here(drain_timeout, me))
-        self._home.stop_thread()
+        self._closed, me = True, whose()
+        with self._ending():
+            if not self._released:
+                self._home.run_sync(lambda: self._close_here(drain_timeout, me))
+
+    @contextlib.contextmanager
+    def _ending(self) -> Generator[None]:
+        try:
+            with contextlib.suppress(Closed):  # somebody else was quicker
+                yield
+        finally:
+            if self._released:
+                self._home.join_thread()
 
     async def _close_here(self, drain_timeout: float, closer: object) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         if self._closing is None or self._closing.get_loop() is not loop:
             self._closing = loop.create_task(self._close(task, drain_timeout, closer))
+            self._closing.add_done_callback(lambda _: self._home.stop_thread())  # also when nobody waits for it
         # A function that closes its own engine inside a shared call would wait for itself: the close goes on alone.
         if current_flight() is None:
             await asyncio.shield(self._closing)
@@ -242,24 +253,28 @@ class Engine:
             bound.closing()
         self._calls.forget(task)  # closed from inside a call: it cannot wait for itself
         await self._calls.drain(drain_timeout, closer)
-        for _, bound in self._bounds:
-            await bound.aclose()
-        for endpoint in self._endpoints:
-            await endpoint.aclose()
-        self._released = True
-        await self._home.settle_down()
+        try:
+            await self._release()
+        finally:
+            await self._home.settle_down()
+
+    async def _release(self) -> None:
+        try:
+            await close_all(self._parts)
+        finally:
+            self._released = True
 
     async def _leave(self) -> None:
         """The home loop shuts down without `aclose`: drop sockets and tasks there, keep entries and levels."""
         self._rehome()
+        if self._closed and not self._released:  # `aclose` was cancelled, and then the loop ended
+            await self._release()
         await self.env.clock.sleep(0)  # transports close in the next turn
 
     def _rehome(self) -> None:
         self._calls.forget()
-        for _, bound in self._bounds:
-            bound.rehome()
-        for endpoint in self._endpoints:
-            endpoint.rehome()
+        for part in self._parts:
+            part.rehome()
 
     def _forked(self) -> None:
         """In a forked child: nothing of the parent's loop, threads and sockets is ours."""
@@ -274,7 +289,10 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        try:
+            await self.aclose()
+        except Exception as problem:  # noqa: BLE001 — told all the same
+            note_or_raise(error, problem)
 
     def __enter__(self) -> Self:
         self._home.adopt_thread()
@@ -283,16 +301,15 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as problem:  # noqa: BLE001 — as above
+            note_or_raise(error, problem)
 
     def __repr__(self) -> str:
         layers = " > ".join(role for role, _ in self._bounds)
         where = ", ".join(endpoint.name for endpoint in self._endpoints)
         return f"Engine({layers or 'no layers'} -> {where}{', closed' if self._closed else ''})"
-
-
-def _closed_error() -> Closed:
-    return Closed("this engine is closed; make a new one (or keep it open with `async with` / `with`)")
 
 
 def _result_of(reply: Reply) -> tuple[CallResult, str]:

@@ -14,7 +14,9 @@ FLOORS = (
     {
         "algo",
         "assemble",
+        "bridge",
         "canonical",
+        "closing",
         "codec",
         "copies",
         "fault",

@@ -1,0 +1,42 @@
+"""Closing several things, each of which may fail; and failing at the end without hiding what failed before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from llmmw.errors import Closed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Closable(Protocol):
+    """A bound layer or an endpoint."""
+
+    async def aclose(self) -> None:
+        """Release everything."""
+        ...
+
+
+async def close_all(parts: Iterable[Closable]) -> None:
+    """Close each of them, in order, also after one has failed; then the first error is raised."""
+    first: Exception | None = None
+    for part in parts:
+        try:
+            await part.aclose()
+        except Exception as error:  # noqa: BLE001 — a user's layer or endpoint may raise anything
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def note_or_raise(error: BaseException | None, problem: Exception) -> None:
+    """What goes wrong at the end never hides the error of the body, where there is one."""
+    if error is None:
+        raise problem
+    error.add_note(f"(closing failed too: {type(problem).__name__}: {problem})")
+
+
+def closed_error() -> Closed:
+    """What a call to a closed engine gets."""
+    return Closed("this engine is closed; make a new one (or keep it open with `async with` / `with`)")
