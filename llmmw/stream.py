@@ -40,6 +40,7 @@ class Tap:
         self._inner = inner
         self._on_end: Callable[[End], object] | None = on_end
         self._on_chunk = on_chunk
+        self._left: Literal["closed", "cancelled"] | None = None
 
     @property
     def usage(self) -> Usage:
@@ -70,6 +71,8 @@ class Tap:
         await self._abandon("closed", None)
 
     async def _abandon(self, how: Literal["closed", "cancelled"], error: BaseException | None) -> None:
+        # A reader who waits while somebody else closes sees an end, but the stream has not finished.
+        self._left = self._left or how
         try:
             await self._inner.aclose()
         finally:
@@ -80,7 +83,8 @@ class Tap:
     ) -> None:
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
-            on_end(End(how, self._inner.usage, error))
+            left = self._left
+            on_end(End(how if left is None else left, self._inner.usage, None if left not in {None, how} else error))
 
 
 def at_end(reply: Reply, on_end: Callable[[End], object]) -> Reply:

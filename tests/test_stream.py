@@ -93,3 +93,27 @@ async def test_replay_stops_when_closed(clock):
     await replay.aclose()
     await replay.aclose()
     assert await drain(replay) == []
+
+
+@manual_time
+async def test_closing_a_stream_that_somebody_waits_for_is_no_finish(clock):
+    class Waits(ScriptedChunks):
+        def __init__(self):
+            super().__init__([])
+            self.left = asyncio.Event()
+
+        async def __anext__(self):
+            await self.left.wait()
+            raise StopAsyncIteration
+
+        async def aclose(self):
+            self.left.set()
+            await clock.sleep(1)
+
+    ends = []
+    tap = Tap(Waits(), ends.append)
+    reading = asyncio.ensure_future(anext(tap, None))
+    await clock.sleep(0)
+    await tap.aclose()
+    assert await reading is None
+    assert [end.how for end in ends] == ["closed"]
