@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 READ_BUDGET_S = 0.05
 OPEN_BUDGET_S = 0.5
 """For reads that come before the database is open: importing and opening take about 50 ms, once."""
+_SLACK_S = 0.001
+"""A loop may fire a timer this much early."""
 MAX_PENDING = 1024
 MAX_PENDING_BYTES = 64 * 1024 * 1024
 _MAX_SHARE = 0.1
@@ -84,7 +86,6 @@ class DiskStore:
         self._asked = 0
         self._served = 0
         """Number of the latest read that the thread finished."""
-        self._late_read = 0
 
     @property
     def max_item_bytes(self) -> int:
@@ -106,27 +107,16 @@ class DiskStore:
             return waiting
         if self._closed or self._discards or self._keeper.down:
             return None
-        if self._late_read > self._served:  # the thread is stuck: one caller has waited for it, that is enough
+        loop, late = asyncio.get_running_loop(), 0 if self._mailbox is None else self._mailbox.late
+        if late > self._served:  # the thread is stuck: one caller has waited for it, that is enough
             self._keeper.trouble("stalled")
             return None
-        loop = asyncio.get_running_loop()
         if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = _Mailbox(loop)
-        found: asyncio.Future[Entry | None] = loop.create_future()
-        budget_s = READ_BUDGET_S if self._keeper.opened else OPEN_BUDGET_S
+            self._mailbox = _Mailbox(loop, self._keeper, late)
         self._asked = number = self._asked + 1
-        timer = loop.call_later(budget_s, self._late, number, found)
-        self._io().read(partial(self._read, number, key, self._mailbox, found))
-        try:
-            return await found
-        finally:
-            timer.cancel()
-
-    def _late(self, number: int, found: asyncio.Future[Entry | None]) -> None:
-        if not found.done():
-            self._late_read = number
-            self._keeper.trouble("slow", "the cache directory answers slowly; calls go on without it")
-            found.set_result(None)
+        found = self._mailbox.expect(number, READ_BUDGET_S if self._keeper.opened else OPEN_BUDGET_S)
+        self._io().read(partial(self._read, number, key, self._mailbox, found), self._mailbox)
+        return await found
 
     def _read(self, number: int, key: bytes, mailbox: _Mailbox, found: asyncio.Future[Entry | None]) -> None:
         entry, broken = (None, False) if found.done() else self._keeper.get(key)
@@ -253,25 +243,67 @@ class DiskStore:
 
 
 class _Mailbox:
-    """Results on their way to one loop: it is woken once for all that came since it last looked."""
+    """Reads that one loop waits for: results come in batches, with one wake-up, under one timer for all.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Args:
+        loop: whose reads these are.
+        keeper: told of each read that is not there in time.
+        late: number of the latest such read.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, keeper: Keeper, late: int) -> None:
         self.loop = loop
+        self.late = late
+        self._keeper = keeper
         self._posted: deque[tuple[asyncio.Future[Entry | None], Entry | None]] = deque()
+        self._expected: deque[tuple[asyncio.Future[Entry | None], int, float]] = deque()
+        """In the order in which the thread answers; those that are answered go when they come to the front."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect(self, number: int, budget_s: float) -> asyncio.Future[Entry | None]:
+        """What the caller waits for; None after so many seconds."""
+        found: asyncio.Future[Entry | None] = self.loop.create_future()
+        self._expected.append((found, number, self.loop.time() + budget_s))
+        if self._timer is None:
+            self._timer = self.loop.call_later(budget_s, self._check)
+        return found
 
     def post(self, found: asyncio.Future[Entry | None], entry: Entry | None) -> None:
-        """From the I/O thread."""
+        """From the I/O thread, which calls `wake` when it has nothing more to read."""
         self._posted.append((found, entry))
-        # Counted after the append: with more than one inside, whoever is waking or delivering takes ours too.
-        if len(self._posted) <= 1:
-            with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
-                self.loop.call_soon_threadsafe(self._deliver)
+
+    def wake(self) -> None:
+        """From the I/O thread: have delivered what was posted."""
+        with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
+            self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         while self._posted:
             found, entry = self._posted.popleft()
             if not found.done():
                 found.set_result(entry)
+        self._forget_answered()
+
+    def _forget_answered(self) -> None:
+        while self._expected and self._expected[0][0].done():
+            self._expected.popleft()
+        if not self._expected and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        for found, number, due in self._expected:
+            if due > now + _SLACK_S:
+                break
+            if not found.done():
+                self.late = number
+                self._keeper.trouble("slow", "the cache directory answers slowly; calls go on without it")
+                found.set_result(None)
+        self._forget_answered()
+        if self._expected:
+            self._timer = self.loop.call_at(self._expected[0][2], self._check)
 
 
 def _flush_all() -> None:

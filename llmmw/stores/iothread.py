@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Read = Callable[[], None]
+    Read = Callable[[], object]
     Write = Callable[[], bool]
 
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.2
 FLUSH_S = 2.0
 """How long a stopping thread goes on trying what finds the database busy."""
+
+
+_BATCH = 64
+"""Reads after which their results are handed over although more wait."""
+
+
+class Sleeper(Protocol):
+    """Whoever waits for results of reads."""
+
+    def wake(self) -> None:
+        """There are some."""
+        ...
+
+
+_Job = tuple["Read | None", "Write | None", Sleeper | None]
 
 
 class IOThread:
@@ -29,24 +43,24 @@ class IOThread:
     """
 
     def __init__(self, name: str, on_stop: Callable[[], None]) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Read | None, Write | None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._at_end = [on_stop]
         self._thread = threading.Thread(target=_Worker(self._jobs, self._at_end).main, name=name, daemon=True)
         self._thread.start()
 
-    def read(self, job: Read) -> None:
-        """Run as soon as the thread is free."""
-        self._jobs.put((job, None))
+    def read(self, job: Read, sleeper: Sleeper | None = None) -> None:
+        """Run as soon as the thread is free; the sleeper is woken once for all its reads that were queued."""
+        self._jobs.put((job, None, sleeper))
 
     def write(self, job: Write) -> None:
         """Run when no read waits; a job that returns False is tried again after a pause, before later writes."""
-        self._jobs.put((None, job))
+        self._jobs.put((None, job, None))
 
     def stop(self, then: Callable[[], None] | None = None) -> None:
         """Finish what is queued and end; does not wait. `then` runs on the thread as its last act."""
         if then is not None:
             self._at_end.append(then)
-        self._jobs.put((None, None))
+        self._jobs.put((None, None, None))
 
     def join(self) -> None:
         """Wait for the end, at most about as long as the flush may take."""
@@ -56,43 +70,66 @@ class IOThread:
 class _Worker:
     """The thread's side: it holds no reference to whoever uses the thread."""
 
-    def __init__(
-        self, jobs: queue.SimpleQueue[tuple[Read | None, Write | None]], at_end: list[Callable[[], None]]
-    ) -> None:
+    def __init__(self, jobs: queue.SimpleQueue[_Job], at_end: list[Callable[[], None]]) -> None:
         self._jobs = jobs
         self._at_end = at_end
         self._writes: deque[Write] = deque()
         self._pause_s = 0.0
         self._flush_left_s = float("inf")
+        self._sleeper: Sleeper | None = None
+        self._unheard = 0
+        """Results that the sleeper was not told of yet."""
 
     def main(self) -> None:
         """Work until told to stop and nothing is left, or what is left finds the database busy for too long."""
         while self._writes or self._flush_left_s > FLUSH_S:
-            with contextlib.suppress(queue.Empty):
-                self._take(*self._wait())
+            if self._unheard and (self._unheard >= _BATCH or self._jobs.empty()):
+                self._tell()
+            if self._serve():
                 continue
             self._write()
             if self._flush_left_s <= 0:
                 break
+        self._tell()
         for act in self._at_end:
             act()
 
-    def _wait(self) -> tuple[Read | None, Write | None]:
+    def _serve(self) -> bool:
+        """Take the next job, which lives no longer than this; False when a write should be tried instead."""
+        job = self._wait()
+        if job is not None:
+            self._take(*job)
+        return job is not None
+
+    def _wait(self) -> _Job | None:
+        """The next job; None when a write should be tried instead."""
         if not self._writes:
             return self._jobs.get()
-        if not self._pause_s:
-            return self._jobs.get_nowait()
-        if self._flush_left_s <= FLUSH_S:
-            self._flush_left_s -= self._pause_s
-        return self._jobs.get(timeout=self._pause_s)
+        try:
+            if not self._pause_s:
+                return self._jobs.get_nowait()
+            if self._flush_left_s <= FLUSH_S:
+                self._flush_left_s -= self._pause_s
+            return self._jobs.get(timeout=self._pause_s)
+        except queue.Empty:
+            return None
 
-    def _take(self, read: Read | None, write: Write | None) -> None:
+    def _take(self, read: Read | None, write: Write | None, sleeper: Sleeper | None) -> None:
         if read is not None:
             read()
+            if sleeper is not self._sleeper:
+                self._tell()
+                self._sleeper = sleeper
+            self._unheard += 1
         elif write is not None:
             self._writes.append(write)
         else:
             self._flush_left_s = FLUSH_S
+
+    def _tell(self) -> None:
+        sleeper, self._sleeper, self._unheard = self._sleeper, None, 0
+        if sleeper is not None:
+            sleeper.wake()
 
     def _write(self) -> None:
         if self._writes[0]():

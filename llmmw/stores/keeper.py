@@ -51,19 +51,23 @@ class Keeper:
 
     def get(self, key: bytes) -> tuple[Entry | None, bool]:
         """The entry of a key or None, and whether a broken row stands there, to be deleted."""
-        from llmmw.stores.rows import BadRow  # noqa: PLC0415 — diskcache is imported on this thread only
-
-        rows = self._open()
+        rows = self._rows or self._open()
         if rows is None:
             return None, False
         try:
             return rows.get(key), False
-        except BadRow:
-            self.trouble("bad row", "a row of the cache database was changed by somebody else; it is deleted")
-            return None, True
         except Exception as error:  # noqa: BLE001 — a damaged database makes diskcache raise anything
-            self._failed(error)
-            return None, False
+            return None, self._is_bad_row(error)
+
+    def _is_bad_row(self, error: Exception) -> bool:
+        """Whether only one row is broken; anything else is dealt with here."""
+        from llmmw.stores.rows import BadRow  # noqa: PLC0415 — diskcache is imported on this thread only
+
+        if isinstance(error, BadRow):
+            self.trouble("bad row", "a row of the cache database was changed by somebody else; it is deleted")
+            return True
+        self._failed(error)
+        return False
 
     def set(self, key: bytes, entry: Entry, keep_s: float) -> bool:
         """Write an entry; False: not now, another process is writing. What cannot be written is dropped."""

@@ -32,6 +32,8 @@ _OPEN_TRIES, _OPEN_PAUSE_S = 100, 0.002
 """Processes that start together make the database together."""
 _DIGEST_BYTES = 16
 _MODE_RAW = 1
+_SELECT = "SELECT CASE WHEN mode = 1 AND filename IS NULL THEN value ELSE 0 END FROM Cache WHERE key = ? AND raw = 1"
+"""A row of another kind reads as 0, which no value of ours is."""
 _SETTINGS: dict[str, Any] = {
     "statistics": 0,
     "tag_index": 0,
@@ -129,6 +131,14 @@ class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
             return False
         return self._sql(query, values).fetchone() is not None
 
+    def blob(self, key: bytes) -> object:
+        """What stands under a key, or None; expired or not, for entries know their own time.
+
+        diskcache's `get` takes three times as long over the same query.
+        """
+        row = self._sql(_SELECT, (key,)).fetchone()
+        return None if row is None else row[0]
+
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database and empty it, if no reader is in the way."""
         self._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -159,10 +169,12 @@ class Rows:
         Raises:
             BadRow: what stands there is not what we wrote.
         """
-        raw: bytes | None = self._table.get(key)
+        raw = self._table.blob(key)
         return None if raw is None else self._read(key, raw)
 
-    def _read(self, key: bytes, raw: bytes) -> Entry | None:
+    def _read(self, key: bytes, raw: object) -> Entry | None:
+        if type(raw) is not bytes:
+            raise BadRow("type")
         payload = raw[_DIGEST_BYTES:]
         if raw[:_DIGEST_BYTES] != _digest(key, payload):
             raise BadRow("digest")
