@@ -18,16 +18,15 @@ class Closable(Protocol):
         ...
 
 
-async def close_all(parts: Iterable[Closable]) -> None:
-    """Close each of them, in order, also after one has failed; then the first error is raised."""
+async def close_all(parts: Iterable[Closable]) -> Exception | None:
+    """Close each of them, in order, also after one has failed; returns the first error."""
     first: Exception | None = None
     for part in parts:
         try:
             await part.aclose()
         except Exception as error:  # noqa: BLE001 — a user's layer or endpoint may raise anything
             first = first or error
-    if first is not None:
-        raise first
+    return first
 
 
 def note_or_raise(error: BaseException | None, problem: Exception) -> None:

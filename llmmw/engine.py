@@ -185,9 +185,8 @@ class Engine:
         async def on_home() -> int:
             return self._invalidate(call)
 
-        if self._home.loop is None or self._home.is_here():
-            return self._invalidate(call)
-        return self._home.run_sync(on_home)
+        here = self._home.loop is None or self._home.is_here()
+        return self._invalidate(call) if here else self._home.run_sync(on_home)
 
     def _invalidate(self, call: Call) -> int:
         return sum(bound.invalidate(call) for _, bound in self._bounds)
@@ -256,13 +255,14 @@ class Engine:
         try:
             await self._release()
         finally:
-            await self._home.settle_down()
+            if self._released:
+                await self._home.settle_down()
 
     async def _release(self) -> None:
-        try:
-            await close_all(self._parts)
-        finally:
-            self._released = True
+        failed = await close_all(self._parts)
+        self._released = True  # and not where that was cancelled
+        if failed is not None:
+            raise failed
 
     async def _leave(self) -> None:
         """The home loop shuts down without `aclose`: drop sockets and tasks there, keep entries and levels."""

@@ -165,11 +165,12 @@ class Wrapping:
         return copy
 
     def _closer(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        engine = self.shared.engine
+        engine, endpoint = self.shared.engine, self.shared.endpoint
         if inspect.iscoroutinefunction(original):
 
             async def aclose() -> None:
                 await engine.aclose()
+                endpoint.closed()
                 await original()
 
             return functools.wraps(original)(aclose)

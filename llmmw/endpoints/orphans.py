@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _MAX_NESTING = 8
 
 
-def forget_orphans(http_client: Any, *, forked: bool) -> int:
-    """Drop connections of a dead loop, of the running loop (which is ending), or all in a forked child.
+def forget_orphans(http_client: Any, *, forked: bool, ending: bool = True) -> int:
+    """Drop connections of a dead loop, of the running loop (where that is `ending`), or all in a forked child.
 
     Returns:
         How many were dropped. A sync client has none: its sockets belong to no loop.
@@ -35,7 +35,7 @@ def forget_orphans(http_client: Any, *, forked: bool) -> int:
             loop = getattr(transport, "_loop", None)
             if forked or (loop is not None and loop.is_closed()):
                 abandon(transport)
-            elif loop is not None and loop is _running():
+            elif ending and loop is not None and loop is _running():
                 transport.abort()
             else:
                 continue

@@ -120,6 +120,11 @@ class SDKEndpoint:
         for http_client in list(self._http_clients):
             forget_orphans(http_client, forked=forked)
 
+    def closed(self) -> None:
+        """The engine is closed: what was sent on a thread of its own cannot be closed by the SDK any more."""
+        for http_client in list(self._http_clients):
+            forget_orphans(http_client, forked=False, ending=False)
+
     async def aclose(self) -> None:
         """The SDK client is its owner's to close."""
 

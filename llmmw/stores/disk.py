@@ -212,10 +212,14 @@ class DiskStore:
                 loop.call_soon_threadsafe(ended.set)
 
         thread.stop(tell)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * FLUSH_S):
-                await ended.wait()
-                thread.join()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * FLUSH_S):
+                    await ended.wait()
+                    thread.join()
+        except asyncio.CancelledError:
+            thread.join()  # nobody else would wait for it
+            raise
         self._count_losses()
 
     def flush(self) -> None:
