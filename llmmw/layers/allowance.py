@@ -157,7 +157,10 @@ class Allowance:
             cached = usage.cached_tokens if self.limits.cached_free else 0
             for (name, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
                 spent = 0 if name == "output" else max(0, usage.input_tokens - cached)
-                ledger.settle(cell, amount, spent if name == "input" else spent + usage.output_tokens, now)
+                if name != "input":
+                    # A stream that was cut has told what it had produced by then, or (Anthropic) nothing but a 1.
+                    spent = spent + usage.output_tokens if well else max(amount, spent + usage.output_tokens)
+                ledger.settle(cell, amount, spent, now)
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well:

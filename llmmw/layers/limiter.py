@@ -231,7 +231,7 @@ class BoundLimiter(Bound):
         self._judge(gate, permit, call, outcome, NO_USAGE)
 
     def _stream_ended(self, gate: Gate, permit: Permit, call: Call, end: End) -> None:
-        if permit.amounts and not end.usage.reported:
+        if permit.amounts and not (end.usage.reported and end.how == "finished"):
             self._estimated += 1
         if end.error is None:
             gate.finish(permit, end.usage, well=end.how == "finished")

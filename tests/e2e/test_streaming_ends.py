@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+import anthropic
 import openai
 import pytest
 
@@ -73,6 +74,22 @@ async def test_limit_07_a_finished_stream_is_settled_by_its_usage(stream_server,
         assert (stats["answered_upstream"], spent(stats), stats["tokens_out"]) == (1, TOKENS, 4)
         assert stats["layers"]["limit"]["usage_estimated"] == 0
         assert stats["layers"]["cache"]["stored"] == 1
+
+
+async def test_limit_07_a_stream_that_is_left_is_not_settled_by_what_it_had_told_so_far(stream_server, books):
+    async with stream_server() as server:
+        http = llmmw.httpx2_client(stack())
+        sdk = anthropic.AsyncAnthropic(base_url=server.origin, api_key="k", http_client=http, max_retries=0)
+        asked = {"model": "m", "max_tokens": 500, "messages": [{"role": "user", "content": "stall"}]}
+        stream = await sdk.messages.create(**asked, stream=True)
+        event = await anext(aiter(stream))
+        assert event.message.usage.output_tokens == 1
+        reserved = spent(http.get_performance_stats())
+        await stream.close()
+        stats = await books.settled(http.engine)
+        assert spent(stats) == reserved > TOKENS
+        assert stats["layers"]["limit"]["usage_estimated"] == 1
+        await sdk.close()
 
 
 @pytest.mark.parametrize(
