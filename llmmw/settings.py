@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import re
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, cast, dataclass_transform
 
 from llmmw.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -25,23 +29,58 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*", re.IGNORECASE)
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """A frozen, comparable settings class whose constructor raises ConfigError instead of TypeError."""
+    """A frozen, comparable settings class whose constructor raises ConfigError instead of TypeError.
+
+    Fields annotated `bool` take nothing but True and False (a text such as "no" would switch them on).
+    """
+    own_checks: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
+    switches: list[str] = []
+
+    def check(self: Any) -> None:
+        for name in switches:
+            switch(f"{cls.__name__}({name}=)", getattr(self, name))
+        if own_checks is not None:
+            own_checks(self)
+
+    setattr(cls, "__post_init__", check)  # noqa: B010 — a plain assignment is refused by both type checkers
     built = dataclasses.dataclass(frozen=True)(cls)
-    plain_init = built.__init__
-    allowed = ", ".join(field.name for field in dataclasses.fields(built) if field.init)  # type: ignore[arg-type]  # built is a dataclass
-
-    @functools.wraps(plain_init)
-    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            plain_init(self, *args, **kwargs)
-        except TypeError as error:
-            if isinstance(error, ConfigError):
-                raise
-            text = str(error).replace(f"{cls.__name__}.__init__() got an ", "")
-            raise ConfigError(f"{cls.__name__}: {text} (options: {allowed})") from None
-
-    setattr(built, "__init__", checked_init)  # noqa: B010 — a plain assignment is refused by both type checkers
+    fields = dataclasses.fields(built)  # type: ignore[arg-type]  # built is a dataclass
+    switches += [field.name for field in fields if field.type in {bool, "bool"}]
+    setattr(built, "__init__", accepting(built.__init__))  # noqa: B010
     return built
+
+
+def accepting(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, but arguments that do not fit it raise ConfigError with its options instead of TypeError.
+
+    Values are not shown: under a misspelt option may stand a key.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            signature = inspect.signature(function)
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as misfit:
+                options = ", ".join(option for option in signature.parameters if option not in {"self", "cls"})
+                text = str(misfit).removeprefix("got an ")
+                is_init = function.__name__ == "__init__" and args
+                shown = type(args[0]).__name__ if is_init else function.__qualname__
+                raise ConfigError(f"{shown}: {text} (options: {options})") from None
+            raise  # not about the arguments
+
+    return checked
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number (and no bool) that fits into a float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def seconds(option: str, value: float | str | None) -> float:
@@ -57,11 +96,11 @@ def seconds(option: str, value: float | str | None) -> float:
                 break
             total += float(match[1]) * _UNITS[match[2].lower()]
             position = match.end()
-        if position and position == len(value):
+        if position and position == len(value) and math.isfinite(total):
             return total
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not _is_finite(value) or value < 0:
         raise ConfigError(f'{option}={value!r}: expected seconds >= 0 or text such as "250ms", "10m", "12h"')
     return float(value)
 
@@ -86,8 +125,7 @@ def number(
     Raises:
         ConfigError: not a number or out of bounds (`open_low`: the lower bound itself is not allowed).
     """
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value is None or value > high or value < low or (open_low and value == low):
+    if not _is_finite(value) or value > high or value < low or (open_low and value == low):
         above = f"greater than {low:g}" if open_low else f"at least {low:g}"
         most = "" if high == math.inf else f" and at most {high:g}"
         raise ConfigError(f"{option}={value!r}: must be a number {above}{most}")
@@ -115,4 +153,51 @@ def choice(option: str, value: object, allowed: Iterable[str]) -> str:
     words = tuple(allowed)
     if not isinstance(value, str) or value not in words:
         raise ConfigError(f"{option}={value!r}: must be one of {', '.join(map(repr, words))}")
+    return value
+
+
+def switch(option: str, value: object) -> bool:
+    """True or False.
+
+    Raises:
+        ConfigError: anything else, also 0, 1 and texts.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{option}={value!r}: must be True or False")
+    return value
+
+
+def text(option: str, value: object, *, secret: bool = False) -> str:
+    """A text that is not empty.
+
+    Raises:
+        ConfigError: anything else (`secret`: without showing it).
+    """
+    if not isinstance(value, str) or not value:
+        shown = f" (a {type(value).__name__}, not shown)" if secret and value != "" else f"={value!r}"
+        raise ConfigError(f"{option}{shown}: must be a text that is not empty")
+    return value
+
+
+def texts(option: str, value: object) -> tuple[str, ...]:
+    """Several texts, none empty.
+
+    Raises:
+        ConfigError: anything else, also a single text, which would be taken letter by letter.
+    """
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        found = tuple(cast("Iterable[object]", value))
+        if all(isinstance(one, str) and one for one in found):
+            return cast("tuple[str, ...]", found)
+    raise ConfigError(f"{option}={value!r}: must be a list of texts, none of them empty")
+
+
+def instance(option: str, value: object, kind: type[T], example: str) -> T:
+    """An object of a class; `example` says how to make one.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{option}={value!r}: must be a {kind.__name__}, e.g. {example}")
     return value

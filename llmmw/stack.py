@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from llmmw import order
@@ -10,9 +11,10 @@ from llmmw.env import Env, disabled
 from llmmw.errors import ConfigError
 from llmmw.layers.base import ForkingLayer, Layer
 from llmmw.order import Finding, Role
+from llmmw.settings import accepting, instance, texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from llmmw.call import Handler
     from llmmw.edges.function import Wrapped
@@ -40,14 +42,16 @@ class Stack:
 
     __slots__ = ("_allow", "_layers")
 
+    @accepting
     def __init__(self, *layers: Layer, allow: Sequence[str] = ()) -> None:
         for layer in layers:
             _check_layer(layer)
         self._layers = layers
-        self._allow = (allow,) if isinstance(allow, str) else tuple(allow)
+        self._allow = (allow,) if isinstance(allow, str) else texts("Stack(allow=)", allow)
         order.enforce([layer.role for layer in layers], self._allow)
 
     @classmethod
+    @accepting
     def recommended(
         cls,
         *,
@@ -89,20 +93,25 @@ class Stack:
         from llmmw.layers.route import ErrorRouter  # noqa: PLC0415
         from llmmw.layers.timeout import Timeout  # noqa: PLC0415
 
-        if cache_ttl is None and cache_directory is not None:
-            raise ConfigError("cache_directory without cache_ttl: say how long answers live, e.g. cache_ttl='12h'")
+        for option, value in (("cache_directory", cache_directory), ("sampling", sampling)):
+            if cache_ttl is None and value not in {None, "share"}:
+                raise ConfigError(
+                    f"{option}={value!r} without cache_ttl: say how long answers live, e.g. cache_ttl='12h'"
+                )
         chosen: list[Layer] = []
-        if deadline is not None:
-            chosen.append(Deadline(deadline))
-        if cache_ttl is not None:
-            chosen.append(TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
-        chosen.append(Coalescer())
-        if fallbacks:
-            chosen.append(ErrorRouter(fallbacks=tuple(fallbacks)))
-        chosen.append(Retry(attempts=attempts))
-        chosen.append(CircuitBreaker())
-        chosen.append(RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))
-        chosen.append(Timeout(timeout))
+        with _options_named_as_given():
+            if deadline is not None:
+                chosen.append(Deadline(deadline))
+            if cache_ttl is not None:
+                chosen.append(TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
+            chosen.append(Coalescer())
+            router = ErrorRouter(fallbacks=fallbacks)
+            if router.fallbacks:
+                chosen.append(router)
+            chosen.append(Retry(attempts=attempts))
+            chosen.append(CircuitBreaker())
+            chosen.append(RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))
+            chosen.append(Timeout(timeout))
         return cls(*chosen)
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +208,7 @@ class Stack:
         """
         from llmmw.endpoints import as_endpoint  # noqa: PLC0415 — endpoints load their HTTP engine
 
-        env = env or Env()
+        env = Env() if env is None else instance("env", env, Env, "Env(seed=1)")
         layers = () if disabled() else self._layers
         routers = [layer for layer in layers if isinstance(layer, ForkingLayer)]
         others = [as_endpoint(other) for router in routers for other in router.targets]
@@ -241,3 +250,25 @@ def _check_layer(layer: object) -> None:
     if isinstance(layer, type) or not isinstance(layer, Layer):
         hint = f"; write {layer.__name__}(...)" if isinstance(layer, type) else ""
         raise ConfigError(f"Stack: {layer!r} is not a layer (it needs `role` and `bind(inner, env)`){hint}")
+    if not isinstance(layer.role, Role):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's own layer
+        raise ConfigError(f"Stack: {layer!r} has role={layer.role!r}: must be a Role, e.g. llmmw.Role.CUSTOM")
+
+
+_GIVEN_AS = {
+    "Deadline(seconds=": "deadline", "TTLCache(ttl=": "cache_ttl", "TTLCache(directory=": "cache_directory",
+    "TTLCache(sampling=": "sampling", "ErrorRouter(fallbacks=": "fallbacks", "Retry(attempts=": "attempts",
+    "RateLimiter(rpm=": "rpm", "RateLimiter(tpm=": "tpm", "RateLimiter(concurrency=": "concurrency",
+    "Timeout(total=": "timeout",
+}  # fmt: skip
+"""The option of `Stack.recommended` behind a layer's own."""
+
+
+@contextmanager
+def _options_named_as_given() -> Generator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        message = error.message
+        for theirs, ours in _GIVEN_AS.items():
+            message = message.replace(theirs, f"Stack.recommended({ours}=")
+        raise type(error)(message) from None

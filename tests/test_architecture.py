@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "llmmw"
 
 FLOORS = (
-    {"answer", "call", "errors", "env", "events", "order", "settings"},
+    {"answer", "call", "context", "errors", "env", "events", "order", "settings"},
     {
         "algo",
         "assemble",

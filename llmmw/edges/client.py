@@ -9,6 +9,7 @@ from llmmw.call import Outcome, Reply
 from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, prompts_as_requests
 from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.errors import ConfigError
+from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class ClientBase:
         ConfigError: a setting cannot work.
     """
 
+    @accepting
     def __init__(
         self,
         base_url: str,
@@ -58,10 +60,13 @@ class ClientBase:
         allow_hosts: Sequence[str] = (),
         env: Env | None = None,
     ) -> None:
-        if stack is not None and not isinstance(stack, Stack):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass lists
-            raise ConfigError(f"stack={stack!r}: expected a Stack, e.g. Stack(TTLCache(300), Coalescer())")
+        if stack is not None:
+            instance("stack", stack, Stack, "Stack(TTLCache(300), Coalescer())")
+        for option, value in (("model", model), ("tenant", tenant)):
+            if value is not None:
+                text(option, value)
         self.stack = Stack.recommended() if stack is None else stack
-        endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=tuple(allow_hosts), pool=pool)
+        endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
         self.engine: Engine = self.stack.bind(endpoint, env=env)
         self.requests = RequestBuilder(
             target=endpoint.name, credential=api_key, stack=self.stack, model=model, tenant=tenant

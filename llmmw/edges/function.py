@@ -10,6 +10,7 @@ from llmmw.call import Call, Item, Reply, current_context
 from llmmw.codec import Codec, Undecodable
 from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
 from llmmw.errors import ConfigError
+from llmmw.settings import accepting, instance, texts
 from llmmw.stack import Stack
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _kind_of(function: Callable[..., Any]) -> FunctionKind:
     return "sync"
 
 
+@accepting
 def wrap(
     function: Callable[P, R], stack: Stack, *, ignore: str | tuple[str, ...] = (), env: Env | None = None
 ) -> Wrapped[P, R]:
@@ -196,7 +198,8 @@ def wrap(
         ConfigError: not a function, a sync generator, or `ignore` names no parameter.
     """
     kind = _kind_of(function)
-    names = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    instance("stack", stack, Stack, "Stack(TTLCache(300), Coalescer())")
+    names = (ignore,) if isinstance(ignore, str) else texts("ignore", ignore)
     edge = FunctionEdge(function, kind, stack, names, env)
     caller = {"sync": _sync_caller, "async": _async_caller, "async generator": _stream_caller}[kind](edge)
     wrapped: Any = functools.wraps(function)(caller)
@@ -279,14 +282,11 @@ def middleware(
     """
     if function is not None:
         return wrap(function, Stack.recommended(), ignore=ignore)
-    try:
-        stack = Stack.recommended(**options)
-    except TypeError as error:
-        if isinstance(error, ConfigError):
-            raise
-        allowed = ", ".join(inspect.signature(Stack.recommended).parameters)
-        text = str(error).replace("Stack.recommended() got an ", "")
-        raise ConfigError(f"middleware: {text} (options: {allowed}, ignore)") from None
+    known = inspect.signature(Stack.recommended).parameters
+    unknown = ", ".join(repr(option) for option in options if option not in known)
+    if unknown:
+        raise ConfigError(f"middleware: unexpected keyword argument {unknown} (options: {', '.join(known)}, ignore)")
+    stack = Stack.recommended(**options)
 
     def decorate(target: Callable[P, R]) -> Wrapped[P, R]:
         return wrap(target, stack, ignore=ignore)

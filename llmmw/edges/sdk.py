@@ -29,6 +29,7 @@ from llmmw.identity import Namespaces
 from llmmw.keys import VARIANT_HEADERS
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
+from llmmw.settings import accepting, text
 from llmmw.stack import Stack
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ _CLIENTS = frozenset({"OpenAI", "AsyncOpenAI", "Anthropic", "AsyncAnthropic"})
 _MARK = "_llmmw_wrapping"
 
 
+@accepting
 def wrap_client(client: T, stack: Stack, *, tenant: str | None = None, env: Env | None = None) -> T:
     """Send an SDK client's completions through a stack. Returns the same object.
 
@@ -68,7 +70,9 @@ def wrap_client(client: T, stack: Stack, *, tenant: str | None = None, env: Env 
         ConfigError: not such a client, wrapped already, or not a stack.
     """
     if not isinstance(stack, Stack):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass lists
-        raise ConfigError(f"wrap_client(..., {stack!r}): expected a Stack, e.g. Stack(TTLCache(300), Coalescer())")
+        raise ConfigError(f"wrap_client(stack={stack!r}): expected a Stack, e.g. Stack(TTLCache(300), Coalescer())")
+    if tenant is not None:
+        text("tenant", tenant)
     package = _package_of(client)
     if hasattr(client, _MARK):
         raise ConfigError("wrap_client: this client is wrapped already; unwrap_client(client) undoes it")

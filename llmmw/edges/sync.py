@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llmmw.edges.client import Client
 from llmmw.edges.requests import PieceReader, answer_of
 from llmmw.readers import BridgedChunks
+from llmmw.settings import accepting
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ class SyncClient:
     Takes what `Client` takes and raises what it raises; from inside a running event loop use `Client`.
     """
 
+    @accepting
     def __init__(self, base_url: str, api_key: str | None = None, **options: Any) -> None:
         self._client = Client(base_url, api_key, **options)
         self.engine = self._client.engine

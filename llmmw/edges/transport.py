@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
 from llmmw.edges.http import HTTPEdge, Repeated
 from llmmw.edges.outcome import Answer, stream_failure
 from llmmw.endpoints.anywhere import Anywhere
+from llmmw.endpoints.base import Endpoint
 from llmmw.errors import ConfigError, LLMMWError, StatusError
+from llmmw.settings import accepting
 from llmmw.stack import Stack
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 
     from llmmw.call import Call, Chunk, Chunks, Reply
-    from llmmw.endpoints.base import Endpoint
     from llmmw.engine import Engine
     from llmmw.env import Env
     from llmmw.pool import ConnectionPool
@@ -40,6 +42,8 @@ _OURS = {
     "limits": "connections are the pool's: pool=ConnectionPool(max_connections=...)",
     "follow_redirects": "a redirect would carry prompt and key to another server",
 }
+_NEUTRAL: dict[str, object] = {"verify": True, "http1": True, "http2": False, "follow_redirects": False}
+"""What the library does by itself, so asking for it changes nothing."""
 _TERMINATORS = (b"[DONE]", b"message_stop", b"response.completed")
 _DRAIN_S = 1.0
 """After a terminator only the end of the body is left; it is waited for this long."""
@@ -212,6 +216,16 @@ def _error_event(error: StatusError) -> bytes:
     return b"event: error\ndata: " + msgspec.json.encode({"type": "error", "error": told}) + b"\n\n"
 
 
+def _check_options(name: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    for option, value in options.items():
+        if option not in _OURS:
+            if option not in known:
+                allowed = ", ".join(["stack", "pool", "allow_hosts", "endpoint", "env", *sorted({*known} - {*_OURS})])
+                raise ConfigError(f"{name}: unexpected keyword argument {option!r} (options: {allowed})")
+        elif value != _NEUTRAL[option] if option in _NEUTRAL else value:
+            raise ConfigError(f"{name}({option}=): {_OURS[option]}")
+
+
 class StackClient:
     """A client of the HTTP library whose requests go through a stack: `AsyncOpenAI(http_client=httpx_client(stack))`.
 
@@ -235,6 +249,7 @@ class StackClient:
     made_by: ClassVar[str]
     transport_class: ClassVar[type[Any]]
 
+    @accepting
     def __init__(
         self,
         stack: Stack,
@@ -247,14 +262,17 @@ class StackClient:
     ) -> None:
         name = self.made_by
         if not isinstance(stack, Stack):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass lists
-            raise ConfigError(f"{name}({stack!r}): expected a Stack, e.g. {name}(Stack(TTLCache(300), Coalescer()))")
-        for option, value in options.items():
-            if value and option in _OURS:
-                raise ConfigError(f"{name}({option}=): {_OURS[option]}")
+            raise ConfigError(
+                f"{name}(stack={stack!r}): expected a Stack, e.g. {name}(Stack(TTLCache(300), Coalescer()))"
+            )
+        parent: Any = super().__init__
+        _check_options(name, options, inspect.signature(parent).parameters)
         if endpoint is not None and (pool is not None or allow_hosts):
             raise ConfigError(f"{name}(endpoint=): an endpoint of your own has its own pool and hosts")
+        if endpoint is not None and not isinstance(endpoint, Endpoint):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
+            raise ConfigError(f"{name}(endpoint={endpoint!r}): expected an Endpoint, e.g. HTTPEndpoint(base_url)")
         edge = HTTPEdge(stack, endpoint or Anywhere(pool, allow_hosts), env)
-        cast("Any", super()).__init__(transport=self.transport_class(edge), **options)
+        parent(transport=self.transport_class(edge), **options)
         self.engine: Engine = edge.engine
 
     def get_performance_stats(self) -> dict[str, Any]:

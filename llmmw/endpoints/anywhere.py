@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.endpoints.openai import POOL_EXAMPLE, HTTPEndpoint
 from llmmw.env import SYSTEM_CLOCK, Env
 from llmmw.errors import UpstreamTimeout
 from llmmw.interrupt import TimedChunks, Until
-from llmmw.pool.guard import origin_of
+from llmmw.pool import ConnectionPool
+from llmmw.pool.guard import host_names, origin_of
+from llmmw.settings import instance
 from llmmw.wire import HTTPRequest
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from llmmw.call import Call, Chunk, Chunks, Reply
     from llmmw.endpoints.base import Endpoint
     from llmmw.env import Clock
-    from llmmw.pool import ConnectionPool
 
 
 class TimedRequest(HTTPRequest, frozen=True):
@@ -37,8 +38,8 @@ class Anywhere:
     """
 
     def __init__(self, pool: ConnectionPool | None = None, allow_hosts: Iterable[str] = ()) -> None:
-        self._settings = pool
-        self._allow_hosts = tuple(allow_hosts)
+        self._settings = None if pool is None else instance("pool", pool, ConnectionPool, POOL_EXAMPLE)
+        self._allow_hosts = host_names(allow_hosts)
         self._env = Env()
         self._endpoints: dict[str, HTTPEndpoint] = {}
         self._by_target: dict[str, HTTPEndpoint] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
@@ -15,12 +16,13 @@ from llmmw.env import Env
 from llmmw.errors import ConfigError, ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError
 from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
 from llmmw.pool import ConnectionPool
-from llmmw.pool.guard import Guard, check_headers, check_url, is_loopback, origin_of
+from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
+from llmmw.settings import accepting, instance, switch, text
 from llmmw.sse import StreamWatch
 from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_answer, url_of, without_query
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from llmmw.pool import BoundPool, Response
     from llmmw.pool.body import Body
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 MAX_ERROR_BYTES = 64 * 1024
 """A refusal is read up to here; what is longer is no message."""
 _REDIRECT, _ERROR, _NO_STATUS = 300, 400, 600
+POOL_EXAMPLE = "ConnectionPool(max_connections=100)"
 
 
 class HTTPEndpoint:
@@ -51,6 +54,7 @@ class HTTPEndpoint:
         ConfigError: a URL or header that cannot or must not be used; the message holds no secret.
     """
 
+    @accepting
     def __init__(
         self,
         base_url: str,
@@ -62,13 +66,13 @@ class HTTPEndpoint:
         allow_hosts: Iterable[str] = (),
         duplicate_ok: bool | None = None,
     ) -> None:
-        self._allow_hosts = frozenset(host.lower() for host in allow_hosts)
+        self._allow_hosts = host_names(allow_hosts)
         self._base_url = base_url
         self._origin, self._name, host = _located(base_url, self._allow_hosts)
-        self._secret = api_key or ""
-        self._headers = _own_headers(api_key, key_header, headers or {})
-        self._settings = pool or ConnectionPool()
-        self._duplicate_ok = is_loopback(host) if duplicate_ok is None else duplicate_ok
+        self._secret = "" if api_key is None else text("api_key", api_key, secret=True)
+        self._headers = _own_headers(api_key, text("key_header", key_header), headers)
+        self._settings = ConnectionPool() if pool is None else instance("pool", pool, ConnectionPool, POOL_EXAMPLE)
+        self._duplicate_ok = is_loopback(host) if duplicate_ok is None else switch("duplicate_ok", duplicate_ok)
         self._pool: BoundPool | None = None
         self._env: Env = Env()
         self._urls: dict[str, str] = {}
@@ -255,11 +259,14 @@ def _located(base_url: str, allow_hosts: frozenset[str]) -> tuple[str, str, str]
     return origin, origin + parts.path.rstrip("/"), parts.hostname or ""
 
 
-def _own_headers(api_key: str | None, key_header: str, extra: Mapping[str, str]) -> Headers:
+def _own_headers(api_key: str | None, key_header: str, extra: Mapping[str, str] | None) -> Headers:
+    if extra is not None and not isinstance(extra, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
+        raise ConfigError(f"headers: must be a mapping from names to texts, got a {type(extra).__name__}")
     found = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
     if api_key is not None:
         found[key_header.lower()] = f"Bearer {api_key}" if key_header.lower() == "authorization" else api_key
-    found.update({name.lower(): value for name, value in extra.items()})
+    check_headers(tuple((extra or {}).items()))
+    found.update({name.lower(): value for name, value in (extra or {}).items()})
     headers = tuple(found.items())
     check_headers(headers)
     forbidden = [name for name in found if name in HOP_BY_HOP or name == "content-length"]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from llmmw.env import variable
+from llmmw.errors import ConfigError
 from llmmw.events import CacheHit, CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
 from llmmw.layers.base import Bound
 from llmmw.layers.cachefill import Filler
 from llmmw.order import Role
-from llmmw.settings import choice, number, positive_seconds, seconds, settings, whole
+from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
 from llmmw.stores.base import Match
 from llmmw.stores.memory import MemoryStore
 from llmmw.stores.record import STORABLE_OPS, play
 from llmmw.stores.tiered import TieredStore
 
 if TYPE_CHECKING:
-    import os
-
     from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
     from llmmw.keys import Draw, Sampling
@@ -80,6 +80,7 @@ class TTLCache:
 
     def __post_init__(self) -> None:
         keep = object.__setattr__
+        _check_places(self.directory, self.codec)
         keep(self, "ttl", positive_seconds("TTLCache(ttl=)", self.ttl))
         for name in ("negative_ttl", "stale_while_revalidate", "stale_if_error"):
             keep(self, name, seconds(f"TTLCache({name}=)", getattr(self, name)))
@@ -117,6 +118,13 @@ class TTLCache:
             codec=self.codec,
             network=self.network_directory,
         )
+
+
+def _check_places(directory: object, codec: object) -> None:
+    if directory is not None and not isinstance(directory, os.PathLike):
+        text("TTLCache(directory=)", directory)
+    if codec is not None and not all(hasattr(codec, name) for name in ("name", "seal", "open")):
+        raise ConfigError(f"TTLCache(codec={codec!r}): must have a name and the methods seal and open")
 
 
 class BoundCache(Bound):

@@ -14,7 +14,8 @@ from llmmw.faultbodies import context_limit
 from llmmw.layers.attempt import annotate, attempt_of, make_attempt
 from llmmw.layers.base import Bound
 from llmmw.order import Role
-from llmmw.settings import seconds, settings, whole
+from llmmw.pool.guard import Guard, check_url
+from llmmw.settings import seconds, settings, text, whole
 from llmmw.wire import HTTPRequest
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _UNCOUNTED = frozenset({FaultKind.RATE.value, FaultKind.REFUSED.value})
 """Attempts that do not count against `max_total_attempts`: the server said when, or nothing was sent."""
 
 _SHORTEST_WAIT_S = 0.05
+_TARGETS = "base URLs, endpoints, async callables or Fallback(...)"
 
 
 @settings
@@ -54,6 +56,9 @@ class Fallback:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
+        _check_target("Fallback(endpoint=)", self.endpoint)
+        if self.model is not None:
+            text("Fallback(model=)", self.model)
         if self.max_context is not None:
             whole("Fallback(max_context=)", self.max_context)
 
@@ -93,8 +98,11 @@ class ErrorRouter:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.fallbacks, str | Fallback):
-            raise ConfigError(f"ErrorRouter(fallbacks={self.fallbacks!r}): must be a list of endpoints")
+        if not isinstance(self.fallbacks, list | tuple):
+            raise ConfigError(f"ErrorRouter(fallbacks={self.fallbacks!r}): must be a list of {_TARGETS}")
+        for entry in self.fallbacks:
+            if not isinstance(entry, Fallback):
+                _check_target("ErrorRouter(fallbacks=)", entry)
         whole("ErrorRouter(max_total_attempts=)", self.max_total_attempts)
         if self.max_context is not None:
             whole("ErrorRouter(max_context=)", self.max_context)
@@ -119,6 +127,14 @@ class ErrorRouter:
             found = entry if isinstance(entry, Fallback) else Fallback(entry)
             routes.append(_Route(handler, _name_of(handler), found.model, found.max_context))
         return BoundRouter(routes, env, self)
+
+
+def _check_target(option: str, value: object) -> None:
+    """A base URL or something to call; whether it can be called as an endpoint is seen when the stack is bound."""
+    if isinstance(value, str):
+        check_url(option, value, Guard())
+    elif isinstance(value, type) or not callable(value):
+        raise ConfigError(f"{option}={value!r}: must be one of {_TARGETS}")
 
 
 class _Route(msgspec.Struct, frozen=True):

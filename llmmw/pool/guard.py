@@ -15,8 +15,11 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from llmmw.errors import ConfigError
+from llmmw.settings import texts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from llmmw.wire import Headers
 
 _METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "metadata.goog", "instance-data"})
@@ -91,6 +94,15 @@ def _plain(address: Address) -> Address:
     return address if inner is None or int(address) <= 1 else inner
 
 
+def host_names(hosts: Iterable[str]) -> frozenset[str]:
+    """The value of an `allow_hosts` option.
+
+    Raises:
+        ConfigError: not a list of names.
+    """
+    return frozenset(host.lower() for host in texts("allow_hosts", hosts))
+
+
 def check_url(option: str, url: str, guard: Guard) -> SplitResult:
     """A URL that requests may be sent to, split.
 
@@ -99,14 +111,19 @@ def check_url(option: str, url: str, guard: Guard) -> SplitResult:
             message shows nothing but scheme and host, because the rest may be secret.
     """
     if not isinstance(url, str) or re.search(r"[\x00-\x20\x7f]", url):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
-        raise ConfigError(f"{option}: must be a URL without spaces or control characters")
+        raise ConfigError(
+            f"{option}: must be a URL such as http://127.0.0.1:8000/v1, a text without spaces or control characters"
+        )
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ConfigError(f"{option}: not a valid URL") from None
     if parts.scheme not in _DEFAULT_PORTS:
-        raise ConfigError(f"{option}: must start with http:// or https://, got scheme {parts.scheme!r}")
+        raise ConfigError(
+            f"{option}: must start with http:// or https://, such as http://127.0.0.1:8000/v1; "
+            f"got {'no scheme' if not parts.scheme else f'scheme {parts.scheme!r}'}"
+        )
     if not host or port == 0:
         raise ConfigError(f"{option}: has no usable host and port")
     if "@" in parts.netloc:
@@ -141,6 +158,8 @@ def check_headers(headers: Headers) -> None:
         ConfigError: naming the header, never its value.
     """
     for name, value in headers:
+        if not isinstance(name, str) or not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's values
+            raise ConfigError(f"header {name!r}: name and value must be texts; the value is a {type(value).__name__}")
         if not _HEADER_NAME.fullmatch(name):
             raise ConfigError("a header name holds a character that is not allowed there")
         if _BAD_IN_VALUE.search(value) or value != value.strip(" \t"):

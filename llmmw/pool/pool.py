@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmmw.errors import ConfigError
 from llmmw.pool.bound import BoundPool
-from llmmw.pool.engines import ENGINES
+from llmmw.pool.engines import ENGINES, check_installed
 from llmmw.pool.guard import Guard
 from llmmw.settings import choice, positive_seconds, seconds, settings, whole
 
@@ -63,6 +63,7 @@ class ConnectionPool:
 
     def __post_init__(self) -> None:
         choice("ConnectionPool(engine=)", self.engine, ENGINES)
+        check_installed(self.engine)
         for name in ("max_connections", "max_response_bytes", "max_line_bytes"):
             whole(f"ConnectionPool({name}=)", getattr(self, name))
         whole("ConnectionPool(prewarm=)", self.prewarm, low=0, high=self.max_connections)

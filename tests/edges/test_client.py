@@ -144,7 +144,7 @@ async def test_what_cannot_work_is_refused_before_anything_is_sent(server):
         with pytest.raises(ConfigError) as caught:
             Client(wrong, stack=Stack())
         assert "secret" not in str(caught.value)
-    with pytest.raises(ConfigError, match="expected a Stack"):
+    with pytest.raises(ConfigError, match="must be a Stack"):
         Client(server.base_url, stack=[])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llmmw.errors import MissingExtra
@@ -11,6 +12,22 @@ if TYPE_CHECKING:
 
 ENGINES = ("aiohttp", "httpx", "httpx2", "pyreqwest")
 _INSTALL = {"aiohttp": "aiohttp", "httpx": "httpx", "httpx2": "llmmw[httpx2]", "pyreqwest": "llmmw[speed]"}
+
+
+def check_installed(name: str) -> None:
+    """See that an engine's package is there, without loading it.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    if find_spec(name) is None:
+        raise _missing(name)
+
+
+def _missing(name: str) -> MissingExtra:
+    return MissingExtra(
+        f"ConnectionPool(engine={name!r}) needs a package that is missing: pip install '{_INSTALL[name]}'"
+    )
 
 
 def make_engine(name: str, options: EngineOptions) -> Engine:
@@ -34,5 +51,4 @@ def make_engine(name: str, options: EngineOptions) -> Engine:
     except ImportError as error:
         if isinstance(error, MissingExtra):
             raise
-        message = f"ConnectionPool(engine={name!r}) needs a package that is missing: pip install '{_INSTALL[name]}'"
-        raise MissingExtra(message) from error
+        raise _missing(name) from error

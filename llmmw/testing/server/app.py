@@ -9,7 +9,7 @@ from aiohttp import ClientError, web
 
 from .chat import batch, chat
 from .completions import complete
-from .config import ServerConfig, checked
+from .config import ServerConfig
 from .control import bounds, control
 from .core import Core
 from .damage import HARMLESS, REPLACING, damaged, instead
@@ -70,7 +70,7 @@ class ModelServer:
     """
 
     def __init__(self, config: ServerConfig | None = None) -> None:
-        self.core = Core(checked(config or ServerConfig()))
+        self.core = Core(config or ServerConfig())
         self.port = 0
         self._server: asyncio.Server | None = None
         self._listener: _Listener | None = None

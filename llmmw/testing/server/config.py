@@ -1,11 +1,16 @@
 """The settings of one embedded server: a frozen value, checked before anything starts."""
 
+import functools
 import ipaddress
+import math
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+
+from llmmw.errors import ConfigError
 
 from .faults import FaultRule
 
@@ -85,19 +90,46 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     log_headers: Annotated[bool, Meta(description="keep request headers in the summary (secrets too)")] = False
     faults: Annotated[tuple[FaultRule, ...], Meta(description="rules that make requests go wrong")] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work; building a struct in Python checks nothing by itself."""
+        for name, kind in _kinds().items():
+            value = getattr(self, name)
+            try:
+                msgspec.convert(_plain(value), kind)
+            except msgspec.ValidationError as error:
+                raise _complaint({name: value}, f"{error} - at `$.{name}`") from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise _complaint({name: value}, f"Expected a finite number - at `$.{name}`")
+        if not self.allow_remote and not _is_loopback(self.host):
+            raise ConfigError(
+                f"ServerConfig: host: {self.host!r} is not allowed; a loopback address is"
+                " (127.0.0.1, ::1, localhost), or set allow_remote (--allow-remote)"
+            )
+
 
 FIELDS: Final = ServerConfig.__struct_fields__
 
 
-def _complaint(values: Mapping[str, Any], error: Exception) -> ValueError:
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    return typing.get_type_hints(ServerConfig, include_extras=True)
+
+
+def _plain(value: object) -> Any:
+    """The value as JSON has it; what JSON cannot say is left for validation to refuse."""
+    return msgspec.to_builtins(value, enc_hook=repr)
+
+
+def _complaint(values: Mapping[str, Any], error: str) -> ConfigError:
     """The option, its value and what is allowed, from msgspec's message (``... - at `$.port` ``)."""
-    text, _, where = str(error).partition(" - at `$.")
-    option = where.rstrip("`")
+    parts = error.split(" - at `$")
+    option = "".join(part.rstrip("`") for part in reversed(parts[1:])).removeprefix(".")
+    text = parts[0]
     if not option:
         hint = f"; options are: {', '.join(FIELDS)}" if "unknown field" in text else ""
-        return ValueError(f"ServerConfig: {text}{hint}")
+        return ConfigError(f"ServerConfig: {text}{hint}")
     name = option.partition("[")[0].partition(".")[0]
-    return ValueError(f"ServerConfig: {option}: {values.get(name)!r} is not allowed; {text[:1].lower()}{text[1:]}")
+    return ConfigError(f"ServerConfig: {option}: {values.get(name)!r} is not allowed; {text[:1].lower()}{text[1:]}")
 
 
 def _is_loopback(host: str) -> bool:
@@ -110,27 +142,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def from_mapping(values: Mapping[str, Any]) -> ServerConfig:
-    """A checked config from plain JSON values; ValueError names option, value and what is allowed."""
+    """A checked config from plain JSON values; ConfigError names option, value and what is allowed."""
     try:
-        config = msgspec.convert(dict(values), ServerConfig)
+        return msgspec.convert(dict(values), ServerConfig)
     except msgspec.ValidationError as error:
-        raise _complaint(values, error) from None
-    if not config.allow_remote and not _is_loopback(config.host):
-        raise ValueError(
-            f"ServerConfig: host: {config.host!r} is not allowed; a loopback address is"
-            " (127.0.0.1, ::1, localhost), or set allow_remote (--allow-remote)"
-        )
-    return config
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise _complaint(values, str(error)) from None
 
 
 def plain_options(config: ServerConfig) -> dict[str, Any]:
-    """The options as JSON values; what JSON cannot say is left for validation to refuse."""
-    return {name: msgspec.to_builtins(getattr(config, name), enc_hook=repr) for name in FIELDS}
-
-
-def checked(config: ServerConfig) -> ServerConfig:
-    """The same config, validated (building a struct in Python checks nothing)."""
-    return from_mapping(plain_options(config))
+    """The options as JSON values."""
+    return {name: _plain(getattr(config, name)) for name in FIELDS}
 
 
 def changed(config: ServerConfig, patch: Mapping[str, Any]) -> ServerConfig:

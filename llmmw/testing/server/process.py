@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from .config import ServerConfig, checked, plain_options
+from .config import ServerConfig, plain_options
 from .faults import FaultRule
 from .wire import as_dict
 
@@ -27,7 +27,7 @@ class ServerProcess:
     def __init__(
         self, config: ServerConfig | None = None, *, uvloop: bool = False, start_timeout_s: float = 30.0
     ) -> None:
-        self.config = checked(config or ServerConfig())
+        self.config = config or ServerConfig()
         self.url = ""
         self._flags = ["--announce", "--until-stdin-closes", *(["--uvloop"] if uvloop else [])]
         self._start_timeout_s = start_timeout_s

@@ -1,0 +1,146 @@
+"""Who is asking and how urgently: `Context`, the block `using()` that sets it, and `Urgency`, which shared work has."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from llmmw.env import ambient_clock
+from llmmw.settings import accepting, seconds, text, texts, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+
+class Context(msgspec.Struct, frozen=True):
+    """Who is asking and how urgently; set by `using()`, read by the layers, never sent upstream."""
+
+    agent: str | None = None
+    step: int | None = None
+    """Simulation step; calls of one step may be batched behind a barrier."""
+    sample: int | None = None
+    """Which independent draw of the same request is wanted (lane index, from 0)."""
+    priority: int = 0
+    """Smaller runs earlier, as in vLLM."""
+    deadline: float | None = None
+    """Absolute, on the env clock's monotonic scale, in seconds."""
+    tenant: str | None = None
+    """Answers are shared within one tenant only."""
+    tags: tuple[str, ...] = ()
+
+
+_LOWEST = -(2**31)
+"""A server's queue (vLLM's) takes priorities that fit into 32 bits."""
+NO_CONTEXT = Context()
+_context: ContextVar[Context] = ContextVar("llmmw_context", default=NO_CONTEXT)
+
+
+def current_context() -> Context:
+    """The context that `using()` set around the running code."""
+    return _context.get()
+
+
+@accepting
+@contextmanager
+def using(
+    *,
+    agent: str | None = None,
+    step: int | None = None,
+    sample: int | None = None,
+    priority: int | None = None,
+    deadline: float | str | None = None,
+    tenant: str | None = None,
+    tags: str | Iterable[str] = (),
+) -> Generator[Context]:
+    """Tell llmmw who makes the calls inside this block. Blocks nest: what is not given is inherited.
+
+    Args:
+        agent: name under which statistics and lanes are kept.
+        step: simulation step.
+        sample: index of the independent draw that is wanted (0, 1, ...).
+        priority: smaller runs earlier.
+        deadline: seconds from now (or text such as "20s"); an inner block cannot extend an outer one.
+        tenant: answers are not shared between tenants.
+        tags: added to the outer tags; cached answers can be invalidated by tag.
+
+    Raises:
+        ConfigError: a value is not usable (negative sample, deadline that is not a duration).
+    """
+    _check(agent, step, sample, priority, tenant)
+    outer = _context.get()
+    until = outer.deadline
+    if deadline is not None:
+        mine = ambient_clock().monotonic() + seconds("using(deadline=)", deadline)
+        until = mine if until is None else min(until, mine)
+    added = texts("using(tags=)", (tags,) if isinstance(tags, str) else tags)
+    context = Context(
+        agent=outer.agent if agent is None else agent,
+        step=outer.step if step is None else step,
+        sample=outer.sample if sample is None else sample,
+        priority=outer.priority if priority is None else priority,
+        deadline=until,
+        tenant=outer.tenant if tenant is None else tenant,
+        tags=outer.tags + tuple(tag for tag in added if tag not in outer.tags),
+    )
+    token = _context.set(context)
+    try:
+        yield context
+    finally:
+        _context.reset(token)
+
+
+def _check(agent: str | None, step: int | None, sample: int | None, priority: int | None, tenant: str | None) -> None:
+    if agent is not None:
+        text("using(agent=)", agent)
+    if tenant is not None:
+        text("using(tenant=)", tenant)
+    if step is not None:
+        whole("using(step=)", step, low=0)
+    if sample is not None:
+        whole("using(sample=)", sample, low=0)
+    if priority is not None:
+        whole("using(priority=)", priority, low=_LOWEST)
+
+
+class Urgency:
+    """How urgent shared work is now: the smallest priority and the latest deadline of all who wait for it.
+
+    The coalescer puts one on the call of each flight and raises it when somebody more urgent joins; it never sinks.
+    Layers read `call.priority` and `call.deadline`, which look here first; whoever keeps the call in a queue
+    subscribes, to move it up.
+    """
+
+    __slots__ = ("_listeners", "deadline", "priority")
+
+    def __init__(self, priority: int = 0, deadline: float | None = None) -> None:
+        self.priority = priority
+        self.deadline = deadline
+        self._listeners: list[Callable[[], object]] = []
+
+    def join(self, context: Context) -> None:
+        """Somebody with this context waits too; listeners are told if that changes anything."""
+        priority = min(self.priority, context.priority)
+        deadline = self.deadline
+        if deadline is not None:
+            deadline = None if context.deadline is None else max(deadline, context.deadline)
+        if (priority, deadline) == (self.priority, self.deadline):
+            return
+        self.priority, self.deadline = priority, deadline
+        for listener in list(self._listeners):
+            listener()
+
+    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """Call `listener` after every change, on the home loop; the result ends that and may be called twice."""
+        self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
+
+    def __repr__(self) -> str:
+        return f"Urgency(priority={self.priority}, deadline={self.deadline})"
