@@ -55,6 +55,7 @@ _ENDINGS = {
     "failed": "errors",
     "cancelled": "cancelled",
 }
+_HITS = {"memory": "memory hits", "disk": "disk hits"}
 _ENDINGS_BY_AGENT = frozenset({"hit", "coalesced", "failed"})
 
 _COUNTERS = (
@@ -175,7 +176,7 @@ class Stats:
         self._n["tokens_saved"] += event.usage.total_tokens
         self._s["time_saved_s"] += event.saved_s
         counts = self._layers["cache"]
-        counts[f"{event.tier} hits"] += 1
+        counts[_HITS.get(event.tier) or f"{event.tier} hits"] += 1
         if event.stale:
             counts["stale hits"] += 1
 

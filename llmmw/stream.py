@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from llmmw.call import Chunk, Chunks, Reply
 
 
+Ending = Literal["finished", "failed", "closed", "cancelled"]
+""""closed": the reader stopped early; "cancelled": the reading task was cancelled."""
+
+
 class End(msgspec.Struct, frozen=True):
     """How a body ended."""
 
-    how: Literal["finished", "failed", "closed", "cancelled"]
-    """"closed": the reader stopped early; "cancelled": the reading task was cancelled."""
+    how: Ending
     usage: Usage = NO_USAGE
     error: BaseException | None = None
 
@@ -78,9 +81,7 @@ class Tap:
         finally:
             self._end(how, error)
 
-    def _end(
-        self, how: Literal["finished", "failed", "closed", "cancelled"], error: BaseException | None = None
-    ) -> None:
+    def _end(self, how: Ending, error: BaseException | None = None) -> None:
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
             left = self._left

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _ANSWER_HEADERS = frozenset({"anthropic-version", "anthropic-beta", "openai-beta", "openai-organization"})
 """Request headers that may change the answer, hence part of the cache key."""
 
+_NO_HEADERS: tuple[tuple[str, str], ...] = ()
+
 
 class Piece(str):
     """A piece of a streamed answer: a str of the text it adds ("" where it adds none) with the whole event."""
@@ -132,26 +134,33 @@ class RequestBuilder:
         name = model if model is not None else self._model
         if not isinstance(name, str) or not name:
             raise ConfigError(f"model={name!r}: name the model in the call or in Client(model=...)")
-        if "stream" in fields:
-            raise ConfigError("stream is not a field here: iterate client.stream(...) for a stream")
-        body = {"model": name, **body, **fields}
-        extra = body.pop("extra_body", None)
-        if extra:
-            body.update(extra)
-        context = current_context()
-        timeout = body.pop("timeout", None)
-        if timeout is not None:
-            context = _with_deadline(context, timeout)
-        headers: tuple[tuple[str, str], ...] = ()
-        added: dict[str, str] | None = body.pop("extra_headers", None)
-        if added:
-            headers = tuple((name.lower(), value) for name, value in added.items())
+        context, headers = current_context(), _NO_HEADERS
+        body = {"model": name, **body}
+        if fields:
+            context, headers = _add_fields(body, fields, context)
         if stream:
             body["stream"] = True
             body.setdefault("stream_options", {"include_usage": True})
         namespace = self._namespaces.of(self._credential, context.tenant or self._tenant)
         variant = tuple(sorted(pair for pair in headers if pair[0] in _ANSWER_HEADERS)) if headers else ()
         return Call(op, name, body, stream, context, headers or None, self._target, namespace, variant)
+
+
+def _add_fields(
+    body: dict[str, Any], fields: dict[str, Any], context: Context
+) -> tuple[Context, tuple[tuple[str, str], ...]]:
+    """Put a call's further fields into the body; the context with its deadline, and the headers it adds."""
+    if "stream" in fields:
+        raise ConfigError("stream is not a field here: iterate client.stream(...) for a stream")
+    body.update(fields)
+    extra = body.pop("extra_body", None)
+    if extra:
+        body.update(extra)
+    timeout = body.pop("timeout", None)
+    if timeout is not None:
+        context = _with_deadline(context, timeout)
+    added: dict[str, str] | None = body.pop("extra_headers", None)
+    return context, tuple((name.lower(), value) for name, value in added.items()) if added else _NO_HEADERS
 
 
 def _with_deadline(context: Context, timeout: float | str) -> Context:

@@ -55,9 +55,14 @@ async def counted(env: Env, name: str, call: Call, work: Callable[[Call], Awaita
     except BaseException:
         env.emit(UpstreamEnded(name, ok=False, duration_s=env.clock.monotonic() - began, agent=agent))
         raise
+    took_s = env.clock.monotonic() - began
+    told = reply.replace(endpoint=name, service_s=took_s)
+    if reply.chunks is None:
+        env.emit(UpstreamEnded(name, reply.ok, took_s, reply.usage, agent))
+        return told
 
     def ended(end: End) -> None:
         ok = reply.ok and end.how == "finished"
         env.emit(UpstreamEnded(name, ok, env.clock.monotonic() - began, end.usage, agent))
 
-    return at_end(reply.replace(endpoint=name, service_s=env.clock.monotonic() - began), ended)
+    return at_end(told, ended)

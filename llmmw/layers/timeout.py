@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmmw.algo.service import ServiceTimes
 from llmmw.errors import DeadlineExceeded, UpstreamTimeout
 from llmmw.events import RefusedEarly
-from llmmw.interrupt import TimedChunks, Until
+from llmmw.interrupt import Alarms, TimedChunks, Until
 from llmmw.layers.base import Bound
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmmw.answer import Usage
     from llmmw.call import Call, Chunk, Chunks, Handler, Reply
     from llmmw.env import Env
-    from llmmw.stream import End
+    from llmmw.stream import Ending
 
 
 @settings
@@ -65,6 +65,7 @@ class BoundTimeout(Bound):
         self._first_byte = _limit(options.first_byte)
         self._between = _limit(options.between_chunks)
         self._times = ServiceTimes()
+        self._alarms = Alarms(env.clock)
 
     async def __call__(self, call: Call, /) -> Reply:
         """Make the attempt if there is time for it.
@@ -80,18 +81,22 @@ class BoundTimeout(Bound):
         if self._connect is not None:
             call = call.replace(connect_s=self._connect)
         watch = _Watch(call, began, self._total)
+        alarms = None
         if call.stream:
             watch.limit_silence("first_byte", began, self._first_byte)
-        reply = await Until(self.inner(call), clock, watch.due, watch.error)
-
-        def ended(end: End) -> None:
-            if reply.ok and end.how == "finished":
-                now = clock.monotonic()
-                self._times.add((call.op, call.model), now, now - began)
-
+        elif call.deadline is None:
+            alarms = self._alarms
+        reply = await Until(self.inner(call), clock, watch.due, watch.error, alarms=alarms)
         if reply.chunks is not None:
             reply = reply.replace(chunks=_Watched(reply.chunks, self.env, watch, self._between))
-        return at_end(reply, ended)
+            return at_end(reply, lambda end: self._ended(call, reply, began, end.how))
+        self._ended(call, reply, began, "finished")
+        return reply
+
+    def _ended(self, call: Call, reply: Reply, began: float, how: Ending) -> None:
+        if reply.ok and how == "finished":
+            now = self.env.clock.monotonic()
+            self._times.add((call.op, call.model), now, now - began)
 
     def _refuse_if_hopeless(self, call: Call, left_s: float, now: float) -> None:
         if left_s <= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from llmmw.algo.service import MAX_AGE_S, MIN_SAMPLES
@@ -9,7 +11,7 @@ from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
 from llmmw.errors import ConfigError, DeadlineExceeded, UpstreamTimeout
 from llmmw.layers.timeout import Timeout
-from llmmw.testing.clock import manual_time
+from llmmw.testing.clock import ManualClock, manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, error_reply
 
 
@@ -48,6 +50,70 @@ async def test_an_attempt_beyond_the_total_times_out_as_sent(clock):
         await bind(clock, upstream, 6)(chat_call(context=until(clock, 20)))
     assert (clock.monotonic() - began, upstream.cancelled) == (6, 1)
     assert (caught.value.sent, caught.value.endpoint) == (True, "http://fake.test/v1")
+
+
+class Upstream:
+    """Answers after as many seconds as the prompt says."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    async def __call__(self, call):
+        await self.clock.sleep(float(call.payload["messages"][0]["content"]))
+        return Reply(data=b"{}")
+
+
+@manual_time
+async def test_each_of_many_attempts_ends_at_its_own_moment_under_one_timer(clock):
+    bound = bind(clock, Upstream(clock), 6)
+    began, loop = clock.monotonic(), asyncio.get_running_loop()
+
+    async def attempt(starts_s, takes_s):
+        await clock.sleep(starts_s)
+        try:
+            await bound(chat_call(str(takes_s)))
+        except UpstreamTimeout:
+            return -(clock.monotonic() - began)
+        return clock.monotonic() - began
+
+    plan = [(0, 50), (1, 2), (2, 50), (2, 50), (3, 5.5), (4, 50), (20, 50)]
+    tasks = [asyncio.ensure_future(attempt(*each)) for each in plan]
+    await clock.sleep(4.5)
+    assert sum(not timer.cancelled() and timer.when() == pytest.approx(began + 6) for timer in loop._scheduled) == 1
+    assert await asyncio.gather(*tasks) == pytest.approx([-6, 3, -8, -8, 8.5, -10, -26])
+
+
+@manual_time
+async def test_a_cancelled_attempt_is_forgotten(clock):
+    bound = bind(clock, Upstream(clock), 6)
+    task = asyncio.ensure_future(bound(chat_call("50")))
+    await clock.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelling() == 1
+    began = clock.monotonic()
+    with pytest.raises(UpstreamTimeout):
+        await bound(chat_call("50"))
+    assert clock.monotonic() - began == pytest.approx(6)
+
+
+def test_async_attempts_of_a_dead_loop_do_not_keep_those_of_the_next_from_ending():
+    clock = ManualClock()
+    bound = bind(clock, Upstream(clock), 6)
+
+    async def leave_one():
+        asyncio.ensure_future(bound(chat_call("50")))
+        await clock.sleep(1)
+
+    async def wait():
+        began = clock.monotonic()
+        with pytest.raises(UpstreamTimeout):
+            await bound(chat_call("50"))
+        return clock.monotonic() - began
+
+    clock.run(leave_one())
+    assert clock.run(wait()) == pytest.approx(6)
 
 
 @manual_time
