@@ -120,6 +120,41 @@ def text_of(body: object) -> str:
     return "".join(_texts(mapping(found)))
 
 
+class _Message(msgspec.Struct):
+    content: str
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+
+
+class _Completion(msgspec.Struct):
+    """The usual answer, of which the decoder skips everything but the text, in half the time."""
+
+    choices: list[_Choice]
+    content: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_completion = msgspec.json.Decoder(_Completion).decode
+
+
+def text_in(data: bytes) -> str:
+    """`text_of` a body as it came.
+
+    Raises:
+        msgspec.DecodeError: it is not JSON.
+    """
+    try:
+        found = _decode_completion(data)
+    except msgspec.ValidationError:
+        pass  # another shape
+    else:
+        if found.choices and found.content is msgspec.UNSET is found.output:
+            return found.choices[0].message.content
+    return text_of(msgspec.json.decode(data))
+
+
 def finish_reasons(body: object) -> list[str]:
     """Every finish reason in an answer, in order of the choices."""
     root = mapping(body)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from llmmw.answer import NO_USAGE, Usage, text_of
+from llmmw.answer import NO_USAGE, Usage, text_in
 from llmmw.context import NO_CONTEXT, Context, Urgency, current_context, using
 from llmmw.errors import LLMMWError  # noqa: TC001 — likewise
 
@@ -161,7 +161,7 @@ class Reply(msgspec.Struct, frozen=True):
     @property
     def text(self) -> str:
         """The text of the first choice ("" for a pure tool call or an embedding)."""
-        return text_of(self.body) if self.data is not None else ""
+        return text_in(self.data) if self.data is not None else ""
 
     def header(self, name: str) -> str | None:
         """The first response header of that (lower-case) name."""

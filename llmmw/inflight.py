@@ -40,8 +40,8 @@ class InFlight:
 
     def end(self, number: int) -> None:
         """The call is over (told once or more)."""
-        self._tasks.pop(number, None)
-        self._streams.pop(number, None)
+        if self._tasks.pop(number, None) is None:
+            self._streams.pop(number, None)
         if self._idle is not None and not self._tasks and not self._idle.done():
             self._idle.set_result(None)
 

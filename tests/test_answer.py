@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmw.answer import MAX_TOKENS_REPORTED, finish_reasons, problem_with, text_of, usage_of, why_not_storable
+from llmmw.answer import (
+    MAX_TOKENS_REPORTED,
+    finish_reasons,
+    problem_with,
+    text_in,
+    text_of,
+    usage_of,
+    why_not_storable,
+)
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -86,6 +95,28 @@ def test_usage_of_each_provider():
     assert not usage_of({}).reported
     hostile = {"usage": {"prompt_tokens": 1e300, "completion_tokens": -5, "input_tokens": "9"}}
     assert (usage_of(hostile).input_tokens, usage_of(hostile).output_tokens) == (MAX_TOKENS_REPORTED, 0)
+
+
+answers = st.fixed_dictionaries(
+    {
+        "choices": st.lists(
+            st.fixed_dictionaries({"message": st.fixed_dictionaries({"content": st.text() | st.none()})})
+        )
+    },
+    optional={"content": st.none() | st.text(), "output": anything, "usage": anything},
+)
+
+
+@settings(max_examples=200, derandomize=True)
+@given(answers | anything)
+def test_text_in_the_bytes_is_the_text_of_what_they_decode_to(body):
+    data = msgspec.json.encode(body)
+    assert text_in(data) == text_of(msgspec.json.decode(data))
+
+
+def test_text_in_what_is_no_json_fails_as_decoding_does():
+    with pytest.raises(msgspec.DecodeError):
+        text_in(b"<html>")
 
 
 def test_text_of_each_shape():
