@@ -14,6 +14,7 @@ The names below load on first use, so `import llmmw` stays light.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ _HOMES = {
     "llmmw.pool": ("ConnectionPool",),
     "llmmw.stack": ("Stack",),
 }  # fmt: skip
+_NEED_HTTPX2 = ("httpx2_client", "httpx2_sync_client")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
@@ -120,8 +122,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    # What reads every name, such as help(), must work without the extras too.
+    absent = () if find_spec("httpx2") else _NEED_HTTPX2
+    return sorted({*globals(), *_HOME_OF} - {*absent})
 
 
 # `from llmmw import *` must work without the extras, so what needs one is left to its full name.
-__all__ = sorted({"__version__", *_HOME_OF} - {"httpx2_client", "httpx2_sync_client"})  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list
+__all__ = sorted({"__version__", *_HOME_OF} - {*_NEED_HTTPX2})  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list

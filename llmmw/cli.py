@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from llmmw.demo.workload import Workload
 
-_NEEDS_EXTRA = "the llmmw command needs two small packages: pip install 'llmmw[cli]'"
+_NEEDS_EXTRA = (
+    "the llmmw command needs two small packages: pip install 'llmmw[cli]' (the demo more: pip install 'llmmw[demo]')"
+)
 
 
 def main(argv: "Sequence[str] | None" = None) -> None:
@@ -109,6 +111,8 @@ def _demo(
     from llmmw.demo.workload import Trouble  # noqa: PLC0415
     from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415
 
+    if base_url is not None:
+        _ask_once(base_url, model, api_key or None)
     world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)
     where = "the embedded server (emulated timing, no model)" if base_url is None else base_url
     title = f"{workload.agents} agents, {workload.ticks} ticks, {workload.total} questions to {where}"
@@ -130,6 +134,16 @@ def _demo(
     if chart is not None:
         report.write_chart(chart, results, title=title)
         console.print(f"chart: {chart}")
+
+
+def _ask_once(base_url: str, model: str | None, api_key: str | None) -> None:
+    """See that the server answers, before hundreds of questions fail one by one."""
+    from llmmw.edges.sync import SyncClient  # noqa: PLC0415 — only the demo needs it
+    from llmmw.layers.timeout import Timeout  # noqa: PLC0415 — likewise
+    from llmmw.stack import Stack  # noqa: PLC0415 — likewise
+
+    with SyncClient(base_url, api_key, model=model, stack=Stack(Timeout(60))) as client:
+        client.chat("hi", max_tokens=1)
 
 
 if __name__ == "__main__":

@@ -401,3 +401,10 @@ def test_every_public_name_has_help(name):
         assert found.__doc__
         inspect.signature(found)
         assert name.rpartition("_")[2] in pydoc.render_doc(found)
+
+
+def test_every_name_can_be_listed_without_the_extras(monkeypatch):
+    monkeypatch.setattr("llmmw.find_spec", lambda name: None)
+    assert "httpx2_client" not in dir(llmmw)
+    monkeypatch.undo()
+    assert "httpx2_client" in dir(llmmw)

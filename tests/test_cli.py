@@ -54,6 +54,16 @@ def test_a_wrong_option_is_one_line_and_not_a_traceback():
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("url", "said"), [("127.0.0.1:1", "base_url: must start"), ("http://127.0.0.1:1/v1", "127.0.0.1:1")]
+)
+def test_the_demo_asks_a_strange_server_once_before_it_asks_everything(url, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--base-url", url, "--model", "m"])
+    assert str(ended.value.code).startswith("llmmw: ")
+    assert said in ended.value.code
+
+
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"pip install 'llmmw\[cli\]'"):
