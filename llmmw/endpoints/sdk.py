@@ -176,7 +176,8 @@ class _Pieces:
     async def aclose(self) -> None:
         """Stop reading. Idempotent."""
         self.was_cut = True
-        await self._close()
+        if not self._response.is_closed:  # every layer closes what it holds, and for a sync SDK that is a thread's turn
+            await self._close()
 
     async def _next(self) -> bytes | None:
         raise NotImplementedError

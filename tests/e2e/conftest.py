@@ -129,11 +129,16 @@ class Books:
 
         monkeypatch.setattr(owner, name, counted)
 
+    def _is_busy(self, engine):
+        # A collected stream tells its end before its upstream is closed, so permits may be a moment late.
+        late = self.counts["grant"] > self.counts["_release"]
+        return late or engine.get_performance_stats()["in_flight"] or bool(_tasks())
+
     async def settled(self, engine):
         """Wait until no call is in flight, then check that everything was given back, once."""
-        gc.collect()
         async with asyncio.timeout(10):
-            while engine.get_performance_stats()["in_flight"] or _tasks():
+            while self._is_busy(engine):
+                gc.collect()  # the SDKs' streams are cycles, and what one round finds goes with the next loop turns
                 await asyncio.sleep(0)
         stats, counts = engine.get_performance_stats(), self.counts
         ended = ("cache_hits", "coalesced", "answered_upstream", "errors", "cancelled")
@@ -159,7 +164,9 @@ def _tasks():
 
 @pytest.fixture
 def books(monkeypatch):
-    return Books(monkeypatch)
+    gc.freeze()  # collecting the imported world as well would take most of these tests' time
+    yield Books(monkeypatch)
+    gc.unfreeze()
 
 
 @pytest.fixture

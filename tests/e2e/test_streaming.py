@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
-import anthropic
 import httpx
 import httpx2
-import openai
 import pytest
 
 import llmmw
-from llmmw import Client, Stack, SyncClient
+from llmmw import Client, Stack
 from llmmw.testing.server import ServerConfig, server_process
 
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "finish"}]}
@@ -22,110 +20,6 @@ WITH_USAGE = {**ASKED, "stream": True, "stream_options": {"include_usage": True}
 
 def stack(**options):
     return Stack.recommended(deadline=30, cache_ttl=60, tpm=1_000_000, **options)
-
-
-# ── the edges: each an async context manager that gives `ask()`, a stream of texts, and its engine ──────────────────
-
-
-@contextlib.asynccontextmanager
-async def through_client(origin):
-    async with Client(f"{origin}/v1", stack=stack(), model="m") as client:
-        yield lambda: client.stream(messages="finish"), client.engine
-
-
-async def on_a_thread(thread, make):
-    """A sync iterator, every step on the same thread."""
-    run = asyncio.get_running_loop().run_in_executor
-    pieces = iter(await run(thread, make))
-    while (piece := await run(thread, next, pieces, None)) is not None:
-        yield piece
-
-
-@contextlib.asynccontextmanager
-async def through_sync_client(origin):
-    with ThreadPoolExecutor(1) as thread, SyncClient(f"{origin}/v1", stack=stack(), model="m") as client:
-        yield lambda: on_a_thread(thread, lambda: client.stream(messages="finish")), client.engine
-
-
-def texts_of(chunks):
-    return (chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-
-
-async def openai_texts(sdk):
-    async for chunk in await sdk.chat.completions.create(**ASKED, stream=True):
-        if chunk.choices:
-            yield chunk.choices[0].delta.content or ""
-
-
-async def anthropic_texts(sdk):
-    async for event in await sdk.messages.create(**ASKED, max_tokens=9, stream=True):
-        if event.type == "content_block_delta":
-            yield event.delta.text
-
-
-@contextlib.asynccontextmanager
-async def through_openai(origin):
-    http = llmmw.httpx2_client(stack())
-    async with openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key="k", http_client=http, max_retries=0) as sdk:
-        yield lambda: openai_texts(sdk), http.engine
-
-
-@contextlib.asynccontextmanager
-async def through_anthropic(origin):
-    http = llmmw.httpx2_client(stack())
-    async with anthropic.AsyncAnthropic(base_url=origin, api_key="k", http_client=http, max_retries=0) as sdk:
-        yield lambda: anthropic_texts(sdk), http.engine
-
-
-@contextlib.asynccontextmanager
-async def through_wrapped_client(origin):
-    sdk = llmmw.wrap_client(openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key="k"), stack())
-    async with sdk:
-        yield lambda: openai_texts(sdk), sdk.engine
-
-
-@contextlib.asynccontextmanager
-async def through_wrapped_sync_client(origin):
-    sdk = llmmw.wrap_client(openai.OpenAI(base_url=f"{origin}/v1", api_key="k"), stack())
-    make = lambda: texts_of(sdk.chat.completions.create(**ASKED, stream=True))  # noqa: E731
-    with ThreadPoolExecutor(1) as thread, sdk:
-        yield lambda: on_a_thread(thread, make), sdk.engine
-
-
-@contextlib.asynccontextmanager
-async def through_a_decorated_generator(origin):
-    async with openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key="k", max_retries=0) as sdk:
-
-        @stack().wrap
-        async def ask(prompt: str):
-            async for text in openai_texts(sdk):
-                yield text
-
-        yield lambda: ask("finish"), ask.engine
-        await ask.aclose()
-
-
-EDGES = [
-    through_client, through_sync_client, through_openai, through_anthropic, through_wrapped_client,
-    through_wrapped_sync_client, through_a_decorated_generator,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
-async def test_the_first_piece_is_there_before_the_server_sent_the_second(stream_server, books, edge):
-    async with stream_server(pause=True) as server, edge(server.origin) as (ask, engine), asyncio.timeout(10):
-        stream = ask()
-        first = await anext(stream)
-        assert first == "one"
-        assert not server.go.is_set()
-        server.go.set()
-        pieces = [first, *[piece async for piece in stream]]
-        assert "".join(pieces) == server.TEXT
-        again = [piece async for piece in ask()]
-        assert again == pieces
-        assert len(server.requests) == 1
-        stats = await books.settled(engine)
-        assert (stats["answered_upstream"], stats["cache_hits"], stats["upstream_requests"]) == (1, 1, 1)
 
 
 # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
