@@ -30,17 +30,15 @@ class LatencyHistogram:
 
     def __init__(self) -> None:
         self._counts: defaultdict[int, int] = defaultdict(int)
-        self._total = 0
 
     def add(self, duration_s: float) -> None:
         """Count one duration (negative ones as zero)."""
         bucket = round(_log2(duration_s) * _BUCKETS_PER_OCTAVE) if duration_s > _SHORTEST_S else _FIRST_BUCKET
         self._counts[bucket] += 1
-        self._total += 1
 
     def percentile(self, share: float) -> float:
         """The duration that `share` (0 to 1) of all stay below, in seconds; 0.0 when nothing was counted."""
-        rank, seen = math.ceil(share * self._total), 0
+        rank, seen = math.ceil(share * sum(self._counts.values())), 0
         for bucket in sorted(self._counts):
             seen += self._counts[bucket]
             if seen >= rank:
@@ -127,6 +125,7 @@ class Stats:
             errors, warnings = dict(self._errors), dict(self._warnings)
         for name, readings in (gauges or {}).items():
             layers.setdefault(name, {}).update(readings)
+        counts["in_flight"] = counts["request_count"] - sum(counts[name] for name in _ENDINGS.values())
         looked = counts["cache_hits"] + counts["cache_misses"]
         return {
             **counts,
@@ -156,14 +155,12 @@ class Stats:
     def _call_started(self, event: ev.CallStarted) -> None:
         counts = self._n
         counts["request_count"] += 1
-        counts["in_flight"] += 1
         if event.agent is not None:
             self._agent(event.agent, "request_count")
 
     def _call_ended(self, event: ev.CallEnded) -> None:
         counts, result = self._n, event.result
         counts[_ENDINGS[result]] += 1
-        counts["in_flight"] -= 1
         self._latency.add(event.duration_s)
         if result == "coalesced":
             counts["tokens_saved"] += event.usage.total_tokens
