@@ -64,7 +64,7 @@ class Engine:
         self._hit_source = hit_source
         self.env = env
         self._stats = Stats()
-        env.add_sink(self._stats.__call__)  # a bound method is called faster than an object
+        env.add_sink(self._stats.__call__, own=True)  # a bound method is called faster than an object
         self._home = Home(self._leave, self._rehome, self._forked)
         self._calls = InFlight()
         self._closed = False
@@ -123,7 +123,8 @@ class Engine:
         reply = self._hit_source.peek(call)
         if reply is not None:
             agent = call.context.agent
-            self.env.emit(CallStarted(agent))
+            if self.env.observed:
+                self.env.emit(CallStarted(agent))
             took = self.env.clock.monotonic() - began
             self.env.emit(CallEnded("hit", took, agent, reply.usage))
         return reply
@@ -135,7 +136,8 @@ class Engine:
         env, agent, task = self.env, call.context.agent, asyncio.current_task()
         began = env.clock.monotonic()
         number = self._calls.begin(task)
-        env.emit(CallStarted(agent))
+        if env.observed:
+            env.emit(CallStarted(agent))
         try:
             reply = await (self._endpoints[0] if call.direct else self._handler)(call)
         except BaseException as error:
@@ -164,8 +166,8 @@ class Engine:
     def _finish(
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
     ) -> None:
-        self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
         self._calls.end(number)
+        self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
 
     # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,7 +179,7 @@ class Engine:
             read: Callable[[], dict[str, object]] | None = getattr(part, "gauges", None)
             if read is not None and (found := read()):
                 gauges.setdefault(name, {}).update(found)
-        return self._stats.snapshot(gauges)
+        return self._stats.snapshot(len(self._calls), gauges)
 
     def invalidate(self, call: Call) -> int:
         """Forget the stored answer to a call; a fill in flight does not bring it back. Returns entries removed."""

@@ -72,13 +72,15 @@ class Env:
     but computing time, as at a local vLLM). Empty for layers above a router.
     """
 
-    __slots__ = ("_sinks", "capabilities", "clock", "rng")
+    __slots__ = ("_sinks", "capabilities", "clock", "observed", "rng")
 
     def __init__(self, *, clock: Clock | None = None, seed: int | None = None, sinks: tuple[Sink, ...] = ()) -> None:
         self.clock: Clock = clock or ambient_clock()
         self.rng: random.Random = random.Random(seed)
         self._sinks: list[Sink] = list(sinks)
         self.capabilities: frozenset[str] = frozenset()
+        self.observed = bool(sinks)
+        """Whether anybody but the engine's own statistics listens; what only others want is else not even built."""
 
     def endowed(self, capabilities: frozenset[str]) -> Env:
         """The same env (clock, randomness, sinks added later too) with an endpoint's capabilities."""
@@ -96,9 +98,10 @@ class Env:
             except Exception:  # noqa: BLE001 — whatever a user's sink raises must not reach the call
                 self._sinks = [kept for kept in self._sinks if kept is not sink]
 
-    def add_sink(self, sink: Sink) -> None:
-        """Also tell this callable of every event; it must be quick and thread-safe."""
+    def add_sink(self, sink: Sink, *, own: bool = False) -> None:
+        """Also tell this callable of every event; it must be quick and thread-safe. `own`: the engine's statistics."""
         self._sinks = [*self._sinks, sink]
+        self.observed = self.observed or not own
 
     def __repr__(self) -> str:
         return f"Env(clock={self.clock!r}, sinks={len(self._sinks)})"

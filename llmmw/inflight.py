@@ -27,6 +27,9 @@ class InFlight:
         self._idle: asyncio.Future[None] | None = None
         self._cancelled: set[asyncio.Task[Any]] = set()
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     def begin(self, task: asyncio.Task[Any] | None) -> int:
         """A call started in this task; returns its number."""
         self._last = number = self._last + 1

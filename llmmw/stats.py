@@ -82,7 +82,6 @@ class Stats:
         self._errors: dict[str, int] = {}
         self._warnings: dict[str, str] = {}
         self._fold: dict[type, Callable[[Any], None]] = {
-            ev.CallStarted: self._call_started,
             ev.CallEnded: self._call_ended,
             ev.CacheHit: self._cache_hit,
             ev.CacheMiss: lambda _: self._add("cache_misses"),
@@ -115,8 +114,13 @@ class Stats:
         """The lock may have been held by a thread that does not exist in the child."""
         self._lock = threading.Lock()
 
-    def snapshot(self, gauges: dict[str, dict[str, object]] | None = None) -> dict[str, Any]:
-        """The figures as plain values; `gauges` (per layer, read by the engine) are merged into `layers`."""
+    def snapshot(self, in_flight: int = 0, gauges: dict[str, dict[str, object]] | None = None) -> dict[str, Any]:
+        """The figures as plain values.
+
+        Args:
+            in_flight: calls that have not ended; counted as requests like those that have.
+            gauges: readings per layer, merged into `layers`.
+        """
         with self._lock:
             counts, sums = dict(self._n), dict(self._s)
             layers: dict[str, dict[str, Any]] = {name: dict(found) for name, found in self._layers.items()}
@@ -125,7 +129,8 @@ class Stats:
             errors, warnings = dict(self._errors), dict(self._warnings)
         for name, readings in (gauges or {}).items():
             layers.setdefault(name, {}).update(readings)
-        counts["in_flight"] = counts["request_count"] - sum(counts[name] for name in _ENDINGS.values())
+        counts["in_flight"] = in_flight
+        counts["request_count"] = in_flight + sum(counts[name] for name in _ENDINGS.values())
         looked = counts["cache_hits"] + counts["cache_misses"]
         return {
             **counts,
@@ -150,13 +155,7 @@ class Stats:
             counts = self._agents[agent] = dict.fromkeys(_AGENT, 0)
         counts[name] += amount
 
-    # Most calls have no agent, and every call passes through the next five: they ask before they call `_agent`.
-
-    def _call_started(self, event: ev.CallStarted) -> None:
-        counts = self._n
-        counts["request_count"] += 1
-        if event.agent is not None:
-            self._agent(event.agent, "request_count")
+    # Most calls have no agent, and every call passes through the next four: they ask before they call `_agent`.
 
     def _call_ended(self, event: ev.CallEnded) -> None:
         counts, result = self._n, event.result
@@ -166,8 +165,10 @@ class Stats:
             counts["tokens_saved"] += event.usage.total_tokens
         elif result == "failed":
             self._errors[event.error] = self._errors.get(event.error, 0) + 1
-        if event.agent is not None and result in _ENDINGS_BY_AGENT:
-            self._agent(event.agent, _ENDINGS[result])
+        if event.agent is not None:
+            self._agent(event.agent, "request_count")
+            if result in _ENDINGS_BY_AGENT:
+                self._agent(event.agent, _ENDINGS[result])
 
     def _cache_hit(self, event: ev.CacheHit) -> None:
         self._n["tokens_saved"] += event.usage.total_tokens

@@ -363,3 +363,15 @@ async def test_a_finished_call_leaves_nothing_for_the_garbage_collector(stream):
             assert gc.collect() < 20  # less than one object per call
         finally:
             gc.enable()
+
+
+async def test_observers_are_told_of_start_and_end_of_every_call():
+    from llmmw import Env
+    from llmmw.events import CallEnded, CallStarted
+
+    seen = []
+    engine = Stack().bind(FakeUpstream(), env=Env(sinks=(seen.append,)))
+    async with engine:
+        await engine.call(chat_call())
+    assert [type(event) for event in seen if isinstance(event, CallStarted | CallEnded)] == [CallStarted, CallEnded]
+    assert engine.get_performance_stats()["request_count"] == 1
