@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -66,7 +67,8 @@ class Bridged(Generic[T]):
     def _stay(self, token: _Unanswered) -> None:
         # A loop that is closed drops its timers, and with this one the token, which tells the caller.
         self._timer = weakref.ref(self._loop.call_later(_FAR_S, _nothing, token))
-        self.result.add_done_callback(self._withdrawn)
+        # Weakly, for the result outlives us, and a circle would keep the work's arguments for the garbage collector.
+        self.result.add_done_callback(functools.partial(_withdrawn, weakref.ref(self)))
 
     def _start(self, token: _Unanswered) -> None:
         if self.result.done():
@@ -92,10 +94,10 @@ class Bridged(Generic[T]):
                     self.result.set_exception(error)
         self._forget()
 
-    def _withdrawn(self, result: concurrent.futures.Future[T]) -> None:
-        if result.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._cancel)
+    def withdraw(self) -> None:
+        """The caller has gone; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self.task is not None:
@@ -106,6 +108,12 @@ class Bridged(Generic[T]):
         timer = None if self._timer is None else self._timer()
         if timer is not None:
             timer.cancel()
+
+
+def _withdrawn(bridged: weakref.ref[Bridged[Any]], result: concurrent.futures.Future[Any]) -> None:
+    found = bridged()
+    if found is not None and result.cancelled():
+        found.withdraw()
 
 
 async def _outcome(make: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, None] | tuple[None, BaseException]:

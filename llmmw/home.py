@@ -67,7 +67,7 @@ class Home:
         self._used = False
         self._thread: LoopThread | None = None
         self._sentinel: AsyncGenerator[None] | None = None
-        self._bridged: set[Bridged[Any]] = set()
+        self._bridged: dict[int, Bridged[Any]] = {}
         self._runner = 0
         """The thread that the home was found on."""
         self._dying: asyncio.AbstractEventLoop | None = None
@@ -159,7 +159,7 @@ class Home:
 
     async def _cancel_bridged(self) -> None:
         """Calls that were bridged after the loop had cancelled its tasks."""
-        tasks = [bridged.task for bridged in list(self._bridged) if bridged.task is not None]
+        tasks = [bridged.task for bridged in list(self._bridged.values()) if bridged.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -172,7 +172,7 @@ class Home:
             self._lose_bridged()
 
     def _lose_bridged(self) -> None:
-        for bridged in list(self._bridged):
+        for bridged in list(self._bridged.values()):
             bridged.lose()
         self._bridged.clear()
 
@@ -268,14 +268,14 @@ class Home:
             if not doubtful and not loop.is_running():
                 raise HomeLost
             bridged = Bridged(loop, make, lambda: self._is_dying(loop))
-            self._bridged.add(bridged)
+            self._bridged[key := id(bridged)] = bridged
             try:
                 # What a dying loop would only begin waits for its end, and then goes elsewhere.
                 bridged.send(start=not doubtful and self._dying is not loop)
             except RuntimeError:  # closed between the check and here
-                self._bridged.discard(bridged)
+                del self._bridged[key]
                 raise HomeLost from None
-        bridged.result.add_done_callback(lambda _: self._bridged.discard(bridged))
+        bridged.result.add_done_callback(lambda _: self._bridged.pop(key, None))
         return bridged.result, _DOUBT_S if doubtful else None
 
     def _note_pause(self) -> None:

@@ -327,6 +327,32 @@ def test_an_engine_dropped_without_close_ends_its_thread():
     assert not thread.is_alive()
 
 
+def test_async_a_guest_leaves_nothing_to_the_garbage_collector():
+    """Neither a call nor a stream whose closing is cancelled in the moment its reader's run ends."""
+    engine = Stack().bind(FakeUpstream())
+
+    async def main():
+        await engine.call(chat_call("plain"))
+        chunks = (await engine.call(chat_call("a b c", stream=True))).chunks
+        await anext(chunks)
+        closing = asyncio.create_task(chunks.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+
+    async def nothing():
+        await asyncio.sleep(0)
+
+    with engine:
+        gc.disable()
+        try:
+            asyncio.run(main())
+            for _ in range(3):
+                engine.run_sync(nothing)
+            assert engine.get_performance_stats()["in_flight"] == 0
+        finally:
+            gc.enable()
+
+
 async def test_statistics_are_kept_per_agent():
     from llmmw.call import using
 
