@@ -1,6 +1,6 @@
 """What is asked and what is answered: `Call`, `Reply` and the values they carry. All frozen.
 
-Neighbours: `context.py` holds who asks (its names are here too), `answer.py` reads the bodies, `stream.py` works on
+Neighbours: `context.py` holds who asks (its names are here too), `answer.py` reads the bodies, `stream/` works on
 `Reply.chunks`, `errors.py` says what went wrong.
 """
 

@@ -28,8 +28,8 @@ from llmmw.edges.outcome import Answer, answer_of, failure_of
 from llmmw.endpoints.anywhere import Patient, TimedRequest
 from llmmw.env import disabled
 from llmmw.events import Warned
-from llmmw.identity import Namespaces
 from llmmw.keys import VARIANT_HEADERS
+from llmmw.keys.identity import Namespaces
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.wire import HOP_BY_HOP, PATHS, op_of

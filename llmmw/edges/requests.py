@@ -11,10 +11,10 @@ from llmmw.call import Call, Context, Reply, current_context
 from llmmw.env import ambient_clock
 from llmmw.errors import ConfigError
 from llmmw.fault import error_of
-from llmmw.identity import Namespaces
+from llmmw.keys.identity import Namespaces
 from llmmw.order import Role
 from llmmw.settings import seconds
-from llmmw.sse import SSEParser
+from llmmw.wire.sse import SSEParser
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -25,8 +25,8 @@ from llmmw.edges.sdkmethod import Method
 from llmmw.endpoints.sdk import SDKEndpoint
 from llmmw.env import disabled
 from llmmw.errors import ConfigError
-from llmmw.identity import Namespaces
 from llmmw.keys import VARIANT_HEADERS
+from llmmw.keys.identity import Namespaces
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.settings import accepting, text

@@ -18,8 +18,8 @@ from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
 from llmmw.pool import ConnectionPool
 from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
 from llmmw.settings import accepting, instance, switch, text
-from llmmw.sse import StreamWatch
 from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_answer, url_of, without_query
+from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -21,8 +21,8 @@ from llmmw.endpoints.orphans import forget_orphans
 from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, UpstreamTimeout
 from llmmw.pool.guard import is_loopback
-from llmmw.sse import StreamWatch
 from llmmw.wire import HOP_BY_HOP, read_answer
+from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

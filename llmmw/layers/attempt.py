@@ -19,7 +19,7 @@ from llmmw.errors import (
     TruncatedStream,
     UpstreamError,
 )
-from llmmw.sse import StreamWatch
+from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from llmmw.answer import Usage

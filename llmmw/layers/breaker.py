@@ -9,7 +9,6 @@ import msgspec
 
 from llmmw.algo.circuit import Circuit, CircuitRules
 from llmmw.call import Reply
-from llmmw.copies import own_error
 from llmmw.errors import CircuitOpen
 from llmmw.events import CircuitChanged, RefusedEarly
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
@@ -18,6 +17,7 @@ from llmmw.layers.base import Bound
 from llmmw.order import Role
 from llmmw.settings import number, positive_seconds, settings, whole
 from llmmw.stream import at_end
+from llmmw.stream.copies import own_error
 
 if TYPE_CHECKING:
     from llmmw.algo.circuit import Result, Ticket

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
-from llmmw.copies import NotCopyable, own_error, own_reply
 from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
 from llmmw.events import Coalesced
 from llmmw.interrupt import until_deadline
@@ -24,7 +23,8 @@ from llmmw.layers.flight import Flight, current_flight
 from llmmw.order import Role
 from llmmw.settings import settings, whole
 from llmmw.stream import at_end
-from llmmw.tee import Tee
+from llmmw.stream.copies import NotCopyable, own_error, own_reply
+from llmmw.stream.tee import Tee
 
 if TYPE_CHECKING:
     from llmmw.call import Call, Chunks, Handler, Reply

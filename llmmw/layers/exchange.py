@@ -10,10 +10,10 @@ import msgspec
 
 from llmmw.algo.batchplan import bisect_budget, joint_call, split_answer
 from llmmw.call import Reply
-from llmmw.copies import own_error, own_reply
 from llmmw.errors import LLMMWError, ProtocolError
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.attempt import make_attempt
+from llmmw.stream.copies import own_error, own_reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from llmmw.call import Call, Reply
-    from llmmw.tee import Tee
+    from llmmw.stream.tee import Tee
 
     Key = tuple[bytes, bool]
     """Sharing key, and whether the answer is a stream."""

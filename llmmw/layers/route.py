@@ -10,7 +10,7 @@ from llmmw.call import Attempt, Reply
 from llmmw.errors import AllEndpointsFailed, CircuitOpen, ConfigError
 from llmmw.events import FellBack
 from llmmw.fault import Fault, FaultKind, classify, error_of
-from llmmw.faultbodies import context_limit
+from llmmw.fault.bodies import context_limit
 from llmmw.layers.attempt import annotate, attempt_of, make_attempt
 from llmmw.layers.base import Bound
 from llmmw.order import Role

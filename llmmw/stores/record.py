@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from llmmw.answer import why_not_storable
-from llmmw.assemble import assemble, cut, without_usage_event
 from llmmw.call import Item, Reply
-from llmmw.sse import StreamWatch
 from llmmw.stores.entry import Entry, Header
 from llmmw.stream import Replay
+from llmmw.wire.assemble import assemble, cut, without_usage_event
+from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

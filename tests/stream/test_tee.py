@@ -12,7 +12,7 @@ import pytest
 from llmmw.answer import Usage
 from llmmw.call import Item
 from llmmw.errors import Closed, StreamInterrupted
-from llmmw.tee import Tee
+from llmmw.stream.tee import Tee
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import ScriptedChunks, chat_chunks
 

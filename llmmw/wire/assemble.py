@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from llmmw.answer import items, mapping
-from llmmw.sse import SSEParser
+from llmmw.wire.sse import SSEParser
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

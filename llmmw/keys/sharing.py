@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
-from llmmw.canonical import Uncacheable, json_form, tagged_form
+from llmmw.keys.canonical import Uncacheable, json_form, tagged_form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

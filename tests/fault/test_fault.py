@@ -19,13 +19,13 @@ import pytest
 from llmmw import errors
 from llmmw.call import Reply
 from llmmw.fault import Fault, FaultKind, classify, error_of, fault_of_event
-from llmmw.faultbodies import ErrorBody, context_limit, decode_error, read_decoded, redact
+from llmmw.fault.bodies import ErrorBody, context_limit, decode_error, read_decoded, redact
 from llmmw.testing.fake import chat_body, error_reply
 
 K = FaultKind
 WALL = 1_800_000_000.0
 REQUEST = httpx.Request("POST", "https://api.test/v1/chat/completions")
-VLLM = json.loads((Path(__file__).parent / "data" / "vllm_errors.json").read_text("utf-8"))
+VLLM = json.loads((Path(__file__).parent.parent / "data" / "vllm_errors.json").read_text("utf-8"))
 
 
 def kind(outcome: Reply | BaseException) -> FaultKind | None:

@@ -7,8 +7,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from llmmw.answer import NO_USAGE, Usage
-from llmmw.copies import own_chunk, own_error
 from llmmw.errors import StreamInterrupted
+from llmmw.stream.copies import own_chunk, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmmw.answer import text_of, usage_of
-from llmmw.assemble import DONE, assemble, cut, without_usage_event
 from llmmw.testing.fake import chat_body, chat_chunks, sse
+from llmmw.wire.assemble import DONE, assemble, cut, without_usage_event
 
 
 def stream(*events):

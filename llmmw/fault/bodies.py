@@ -1,6 +1,6 @@
 """What an error body says, whichever of the usual shapes it has: OpenAI, Azure, Anthropic, Gemini, vLLM, FastAPI, text.
 
-`fault.py` judges what is read here. Nothing raises: a body from a server may be anything.
+`classify.py` judges what is read here. Nothing raises: a body from a server may be anything.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from llmmw.identity import Namespaces
+from llmmw.keys.identity import Namespaces
 
 
 def test_security_namespaces_differ_by_credential_and_hide_it(tmp_path):

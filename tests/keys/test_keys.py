@@ -349,7 +349,7 @@ def test_a_draw_without_answer_is_drawn_again():
 
 
 def test_lanes_forget_the_oldest_pair_beyond_their_bound(monkeypatch):
-    monkeypatch.setattr("llmmw.keys._MAX_LANES", 2)
+    monkeypatch.setattr("llmmw.keys.sharing._MAX_LANES", 2)
     sharing = Sharing("lanes")
     first = lanes("a", sharing=sharing)
     lanes("b", "c", sharing=sharing)

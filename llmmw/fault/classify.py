@@ -1,6 +1,6 @@
 """What went wrong, as one of eleven classes (SPEC 7): a reply or an exception becomes a `Fault`.
 
-`faultbodies.py` reads error bodies, `faultnames.py` foreign exceptions; here they are judged.
+`bodies.py` reads error bodies, `names.py` foreign exceptions; here they are judged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from llmmw import faultnames
 from llmmw.algo.headers import retry_after
 from llmmw.call import Reply
 from llmmw.errors import (
@@ -26,7 +25,8 @@ from llmmw.errors import (
     StreamInterrupted,
     UpstreamTimeout,
 )
-from llmmw.faultbodies import ErrorBody, decode_error, read_decoded, redact
+from llmmw.fault import names as foreign
+from llmmw.fault.bodies import ErrorBody, decode_error, read_decoded, redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -200,15 +200,15 @@ def _judge(status: int, said: ErrorBody) -> FaultKind:
 def _of_exception(error: BaseException, wall: float) -> Fault:
     if isinstance(error, LLMMWError):
         return _of_ours(error, wall)
-    if faultnames.is_cancelled(error):
+    if foreign.is_cancelled(error):
         return Fault(FaultKind.CANCELLED)
-    status = None if faultnames.decides_alone(error) else faultnames.status_of(error)
-    body = faultnames.body_of(error)
+    status = None if foreign.decides_alone(error) else foreign.status_of(error)
+    body = foreign.body_of(error)
     said = read_decoded(body) if body is not None else ErrorBody()
-    headers = faultnames.headers_of(error)
+    headers = foreign.headers_of(error)
     if status is not None and status >= 400:  # noqa: PLR2004 — HTTP
         return _of_answer(status, headers, said, body, wall)
-    kind = faultnames.kind_of(error)
+    kind = foreign.kind_of(error)
     if kind is None:
         # An SDK's error event inside a stream has a body and no status; a plain exception has neither.
         if not said.names:
@@ -220,7 +220,7 @@ def _of_exception(error: BaseException, wall: float) -> Fault:
         status=status,
         code=said.code or None,
         message=redact(said.message),
-        local=kind == FaultKind.NOT_SENT and faultnames.from_pool(error),
+        local=kind == FaultKind.NOT_SENT and foreign.from_pool(error),
     )
 
 
@@ -264,5 +264,5 @@ def _of_ours(error: LLMMWError, wall: float) -> Fault:
         kind = FaultKind(error.fault) if error.fault else _judge(error.status, words)
         return Fault(kind, error.retry_after_s, status=error.status, code=error.code, message=error.message)
     if isinstance(error, ConnectionFailed) or (isinstance(error, UpstreamTimeout) and not error.sent):
-        return Fault(FaultKind.NOT_SENT, local=faultnames.from_pool(error))
+        return Fault(FaultKind.NOT_SENT, local=foreign.from_pool(error))
     return next((fault for kind, fault in _OURS if isinstance(error, kind)), Fault(FaultKind.AMBIGUOUS))

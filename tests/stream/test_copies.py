@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from llmmw.call import Attempt, Item, Reply
-from llmmw.copies import NotCopyable, own_chunk, own_error, own_reply
 from llmmw.errors import AllEndpointsFailed, CircuitOpen, StatusError
+from llmmw.stream.copies import NotCopyable, own_chunk, own_error, own_reply
 
 
 class Plain(Exception):

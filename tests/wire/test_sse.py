@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from llmmw.answer import Usage
 from llmmw.errors import ResponseTooLarge
-from llmmw.sse import ServerEvent, SSEParser, StreamWatch, error_in
 from llmmw.testing.fake import chat_chunks, sse
+from llmmw.wire.sse import ServerEvent, SSEParser, StreamWatch, error_in
 
 
 def parse(*chunks, **options):
