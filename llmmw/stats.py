@@ -15,7 +15,8 @@ from llmmw import events as ev
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmmw.events import Event
+    from llmmw.call import Reply
+    from llmmw.events import CallResult, Event
 
 _BUCKETS_PER_OCTAVE = 32
 """Latencies are counted in buckets 2.2 % wide, so memory stays constant and a percentile is within about 1 %."""
@@ -213,3 +214,12 @@ class Stats:
 
     def _warned(self, event: ev.Warned) -> None:
         self._warnings[event.kind] = event.message
+
+
+def result_of(reply: Reply) -> tuple[CallResult, str]:
+    """As what a call with this reply counts, and for a failure the error's name."""
+    if not reply.ok:
+        return "failed", f"status {reply.status}"
+    if reply.source == "cache":
+        return "hit", ""
+    return ("coalesced", "") if reply.source == "coalesced" else ("upstream", "")

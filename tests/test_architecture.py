@@ -14,7 +14,7 @@ FLOORS = (
     {"algo", "codec", "fault", "interrupt", "keys", "stats", "stream", "wire"},
     {"pool", "stores"},
     {"endpoints", "layers"},
-    {"bridge", "closing", "engine", "home", "inflight", "readers", "stack"},
+    {"engine", "stack"},
     {"edges", "sim"},
     {"testing", "demo"},
     {"cli", "__init__", "__main__"},

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmmw.edges.client import Client
 from llmmw.edges.requests import PieceReader, answer_of
-from llmmw.readers import BridgedChunks
+from llmmw.engine.readers import BridgedChunks
 from llmmw.settings import accepting
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from llmmw.call import Call, Chunk, Chunks, Reply
     from llmmw.engine import Engine
+    from llmmw.engine.readers import BridgedChunks
     from llmmw.env import Env
     from llmmw.pool import ConnectionPool
-    from llmmw.readers import BridgedChunks
 
 _OURS = {
     "transport": "the stack is the transport",

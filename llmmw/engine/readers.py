@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from llmmw.answer import Usage
     from llmmw.call import Chunk, Chunks, Reply
-    from llmmw.home import Home
+    from llmmw.engine.home import Home
     from llmmw.stream import End
 
 

@@ -18,8 +18,8 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmmw.bridge import Bridged, HomeLost, LoopThread, StandsStill, outcome_of, outcome_of_sync
-from llmmw.closing import closed_error
+from llmmw.engine.bridge import Bridged, HomeLost, LoopThread, StandsStill, outcome_of, outcome_of_sync
+from llmmw.engine.closing import closed_error
 from llmmw.errors import Closed, ConfigError
 
 if TYPE_CHECKING:

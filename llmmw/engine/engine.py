@@ -10,14 +10,14 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
-from llmmw.closing import close_all, closed_error, note_or_raise
+from llmmw.engine.closing import close_all, closed_error, note_or_raise
+from llmmw.engine.home import Home
+from llmmw.engine.inflight import InFlight
+from llmmw.engine.readers import GuardedChunks, bridged, whose
 from llmmw.errors import Closed
 from llmmw.events import CallEnded, CallStarted
-from llmmw.home import Home
-from llmmw.inflight import InFlight
 from llmmw.layers.flight import current_flight
-from llmmw.readers import GuardedChunks, bridged, whose
-from llmmw.stats import Stats
+from llmmw.stats import Stats, result_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -147,12 +147,12 @@ class Engine:
                 raise closed_error() from None
             raise
         if reply.chunks is None:
-            result, error_name = _result_of(reply)
+            result, error_name = result_of(reply)
             self._finish(number, result, began, agent, reply.usage, error_name)
             return reply
 
         def ended(end: End) -> None:
-            result, error_name = _result_of(reply)
+            result, error_name = result_of(reply)
             if end.how == "failed":
                 result, error_name = "failed", type(end.error).__name__
             elif end.how != "finished":
@@ -312,11 +312,3 @@ class Engine:
         layers = " > ".join(role for role, _ in self._bounds)
         where = ", ".join(endpoint.name for endpoint in self._endpoints)
         return f"Engine({layers or 'no layers'} -> {where}{', closed' if self._closed else ''})"
-
-
-def _result_of(reply: Reply) -> tuple[CallResult, str]:
-    if not reply.ok:
-        return "failed", f"status {reply.status}"
-    if reply.source == "cache":
-        return "hit", ""
-    return ("coalesced", "") if reply.source == "coalesced" else ("upstream", "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmmw.readers import GuardedChunks
+    from llmmw.engine.readers import GuardedChunks
 
 _CLOSED = "the engine was closed before this stream was read to its end"
 _BREAK_S = 5.0
