@@ -468,6 +468,13 @@ async def test_what_cannot_be_put_aside_is_left_for_later(place, monkeypatch):
     assert rig.troubles() == ["corrupt", "unavailable"]
 
 
+async def served(rig):
+    """The I/O thread has done what was asked of it so far."""
+    done = threading.Event()
+    rig.store._io().read(done.set)
+    assert await asyncio.to_thread(done.wait, 10)
+
+
 @pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), OSError("no handles")])
 async def test_a_full_or_failing_disk_is_counted_warned_of_once_and_tried_again_later(place, monkeypatch, error):
     def fails(*_):
@@ -487,10 +494,10 @@ async def test_a_full_or_failing_disk_is_counted_warned_of_once_and_tried_again_
         for job in (lambda: rig.store._keeper.get(KEY), lambda: rig.store._keeper.discard(Match("tag", "t"))):
             rig.store._keeper._retry_at = 0.0
             rig.store._io().read(job)
-            await asyncio.sleep(0.05)
+            await served(rig)
         rig.store.delete(KEY)
         rig.store._keeper._retry_at = 0.0
-        await asyncio.sleep(0.05)
+        await served(rig)
     rig.store._keeper._retry_at = 0.0
     while rig.store.gauges()["waiting writes"]:
         rig.store._keeper._retry_at = 0.0
