@@ -1,0 +1,101 @@
+"""The home loop's harder cases: one that only pauses, and tasks that a stranger cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmmw.stack import Stack
+from llmmw.testing import FakeUpstream, chat_call
+
+
+def make_engine(**options):
+    upstream = FakeUpstream(**options)
+    return Stack().bind(upstream), upstream
+
+
+def own_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("llmmw")]
+
+
+def elsewhere(work):
+    """Run it on a thread of its own that ends."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(20)
+
+
+@pytest.mark.parametrize("guest", ["plain", "with a loop"])
+def test_a_home_that_only_pauses_on_another_thread_is_left_after_a_moment(guest):
+    engine, upstream = make_engine()
+    loop = asyncio.new_event_loop()
+    with ThreadPoolExecutor(1) as pool:  # the thread lives on, so its loop might too
+        run = lambda text: pool.submit(loop.run_until_complete, engine.call(chat_call(text))).result(20)  # noqa: E731
+        assert run("home").text == "echo: home"
+        call = chat_call("guest")
+        if guest == "plain":
+            assert engine.call_sync(call).text == "echo: guest"
+        else:
+            assert asyncio.run(engine.call(call)).text == "echo: guest"
+        assert run("back").text == "echo: back"
+    assert len(upstream.calls) == 3  # what waited for the pause to end was not sent twice
+    loop.close()
+    engine.close()
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("when", ["in the same run", "in a later run"])
+def test_a_guests_task_that_a_stranger_cancels_is_begun_again(when):
+    engine, upstream = make_engine(latency_s=0.05)
+
+    async def home():
+        await engine.call(chat_call("home"))
+
+    async def ask(pool):
+        future = pool.submit(engine.call_sync, chat_call("guest"))
+        while not upstream.in_flight:
+            await asyncio.sleep(0)
+        return future
+
+    async def cancel_all():
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    async def answer_of(future):
+        return await asyncio.wrap_future(future)
+
+    async def at_once(pool):
+        future = await ask(pool)
+        await cancel_all()
+        return await answer_of(future)
+
+    with ThreadPoolExecutor(1) as pool, asyncio.Runner() as runner:
+        runner.run(home())
+        if when == "in the same run":
+            found = runner.run(at_once(pool))
+        else:
+            future = runner.run(ask(pool))
+            runner.run(cancel_all())
+            found = runner.run(answer_of(future))
+        runner.run(engine.aclose())
+    assert found.text == "echo: guest"
+    assert len(upstream.calls) == 3
+    assert own_threads() == []
+
+
+def test_an_interrupt_raised_by_a_guest_on_the_main_threads_loop_is_the_users():
+    async def endpoint(call):
+        raise KeyboardInterrupt
+
+    engine = Stack().bind(endpoint)
+
+    async def main():
+        engine._home.adopt()
+        await asyncio.to_thread(engine.call_sync, chat_call())
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    engine.close()
+    assert own_threads() == []
