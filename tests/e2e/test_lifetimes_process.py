@@ -77,12 +77,14 @@ def test_async_a_hundred_engines_leave_descriptors_and_threads_as_they_were(serv
 # ── silence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 HEAD = """
-import asyncio, logging, sys, threading
+import asyncio, logging, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import llmmw, openai
 from llmmw import Client, Stack, SyncClient
 logging.basicConfig()
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a loaded machine's slow callbacks are no news
+# anyio's, below the SDK: a connect that is cancelled before its first step
+warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)
 url, directory = sys.argv[1:]
 stack = Stack.recommended(cache_ttl=300, cache_directory=directory)
 asked = lambda text: {"model": "llmmw-embedded", "messages": [{"role": "user", "content": text}], "temperature": 0}
