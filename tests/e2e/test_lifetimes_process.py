@@ -83,8 +83,7 @@ import llmmw, openai
 from llmmw import Client, Stack, SyncClient
 logging.basicConfig()
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a loaded machine's slow callbacks are no news
-# anyio's, below the SDK: a connect that is cancelled before its first step
-warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)
+warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)  # anyio's, of a connect cut off early
 url, directory = sys.argv[1:]
 stack = Stack.recommended(cache_ttl=300, cache_directory=directory)
 asked = lambda text: {"model": "llmmw-embedded", "messages": [{"role": "user", "content": text}], "temperature": 0}
