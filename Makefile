@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test check bench bench-pool vllm test-vllm cover format pin clean
+.PHONY: help install demo test check bench bench-pool vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -47,6 +47,10 @@ bench-pool: $(READY)  ## the measurement that chose the pool's engine
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve
+
+demo-vllm: $(READY)  ## the demo against that real server (answers end at a space: the tiny model never ends by itself)
+	$(BIN)/python benchmarks/vllm_cpu/server.py run -- bash -c '$(BIN)/llmmw demo --base-url $$LLMMW_VLLM_URL \
+		--model $$LLMMW_VLLM_MODEL --max-tokens 64 --stop " " --json out/demo-vllm.json --chart out/demo-vllm.png'
 
 test-vllm: $(READY)  ## the tests marked vllm, against a real vLLM server
 	$(BIN)/python benchmarks/vllm_cpu/server.py run -- $(BIN)/python -m pytest -m vllm

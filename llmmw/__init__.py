@@ -128,4 +128,4 @@ def __dir__() -> list[str]:
 
 
 # `from llmmw import *` must work without the extras, so what needs one is left to its full name.
-__all__ = sorted({"__version__", *_HOME_OF} - {*_NEED_HTTPX2})  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list
+__all__ = sorted({"__version__", *_HOME_OF} - {*_NEED_HTTPX2})  # noqa: PLE0605 — one table of names  # pyright: ignore[reportUnsupportedDunderAll]  # the table above is the one list

@@ -106,20 +106,21 @@ def _demo(
     chart: Path | None,
 ) -> None:
     from llmmw.demo import report  # noqa: PLC0415 — only this command needs the demo
-    from llmmw.demo.run import run  # noqa: PLC0415
-    from llmmw.demo.ways import Setting  # noqa: PLC0415
-    from llmmw.demo.workload import Trouble  # noqa: PLC0415
-    from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415
+    from llmmw.demo.run import run  # noqa: PLC0415 — as said above
+    from llmmw.demo.ways import Setting  # noqa: PLC0415 — as said above
+    from llmmw.demo.workload import Trouble  # noqa: PLC0415 — as said above
+    from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415 — as said above
 
     if base_url is not None:
         _ask_once(base_url, model, api_key or None)
     world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)
-    where = "the embedded server (emulated timing, no model)" if base_url is None else base_url
+    where = "the embedded server" if base_url is None else base_url
     title = f"{workload.agents} agents, {workload.ticks} ticks, {workload.total} questions to {where}"
     console.print(title)
     if base_url is None:
         trouble = Trouble()
         console.print(
+            "emulated timing, not a model; "
             f"tick {trouble.limited_tick}: the server admits {trouble.limit_requests} requests per "
             f"{trouble.limit_window_s:g} s (429 beyond); tick {trouble.broken_tick}: 503 for "
             f"{trouble.broken_district}; llmmw may fall back to a second server"

@@ -46,7 +46,7 @@ def settings(cls: type[T]) -> type[T]:
     built = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(built)  # type: ignore[arg-type]  # built is a dataclass
     switches += [field.name for field in fields if field.type in {bool, "bool"}]
-    setattr(built, "__init__", accepting(built.__init__))  # noqa: B010
+    setattr(built, "__init__", accepting(built.__init__))  # noqa: B010 — a plain assignment is refused by the type checkers
     return built
 
 

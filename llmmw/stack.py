@@ -84,14 +84,14 @@ class Stack:
             ConfigError: an option's value cannot work.
         """
         # The layers load when they are first needed, so `import llmmw` stays light.
-        from llmmw.layers.breaker import CircuitBreaker  # noqa: PLC0415
-        from llmmw.layers.cache import TTLCache  # noqa: PLC0415
-        from llmmw.layers.coalesce import Coalescer  # noqa: PLC0415
-        from llmmw.layers.deadline import Deadline  # noqa: PLC0415
-        from llmmw.layers.limit import RateLimiter  # noqa: PLC0415
-        from llmmw.layers.retry import Retry  # noqa: PLC0415
-        from llmmw.layers.route import ErrorRouter  # noqa: PLC0415
-        from llmmw.layers.timeout import Timeout  # noqa: PLC0415
+        from llmmw.layers.breaker import CircuitBreaker  # noqa: PLC0415 — as said above
+        from llmmw.layers.cache import TTLCache  # noqa: PLC0415 — as said above
+        from llmmw.layers.coalesce import Coalescer  # noqa: PLC0415 — as said above
+        from llmmw.layers.deadline import Deadline  # noqa: PLC0415 — as said above
+        from llmmw.layers.limit import RateLimiter  # noqa: PLC0415 — as said above
+        from llmmw.layers.retry import Retry  # noqa: PLC0415 — as said above
+        from llmmw.layers.route import ErrorRouter  # noqa: PLC0415 — as said above
+        from llmmw.layers.timeout import Timeout  # noqa: PLC0415 — as said above
 
         for option, value in (("cache_directory", cache_directory), ("sampling", sampling)):
             if cache_ttl is None and value not in {None, "share"}:

@@ -43,8 +43,8 @@ def run(world: World, setting: Setting, console: Any) -> list[Result]:
         MissingExtra: rich is not installed.
     """
     try:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-        from rich.progress import Progress as Bars  # noqa: PLC0415
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415 — an extra
+        from rich.progress import Progress as Bars  # noqa: PLC0415 — an extra
     except ImportError as error:
         raise MissingExtra("the demo shows progress with rich: pip install 'llmmw[demo]'") from error
     results: list[Result] = []

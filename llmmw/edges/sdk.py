@@ -206,10 +206,10 @@ class Wrapping:
         """Headers and query parameters that change the answer."""
         client = self.client
         found: dict[str, str] = {}
-        for name, value in {**client._custom_headers, **extra}.items():  # noqa: SLF001
+        for name, value in {**client._custom_headers, **extra}.items():  # noqa: SLF001 — the SDK has no public one
             if name.lower() in VARIANT_HEADERS:
                 found[name.lower()] = str(value)
-        for name, value in {**client._custom_query, **(query or {})}.items():  # noqa: SLF001
+        for name, value in {**client._custom_query, **(query or {})}.items():  # noqa: SLF001 — the SDK has no public one
             found[f"?{name}"] = str(value)
         return tuple(sorted(found.items()))
 

@@ -80,7 +80,7 @@ class Method:
             if name in _OPTIONS or isinstance(value, absent):
                 continue
             if hasattr(value, "__next__"):  # an iterator would be empty when the SDK reads it
-                kwargs[name] = value = list(value)  # noqa: PLW2901
+                kwargs[name] = value = list(value)  # noqa: PLW2901 — read once, used twice
             body[name] = value
         body.update(kwargs.get("extra_body") or {})
         wrapping, context = self._wrapping, current_context()
@@ -126,7 +126,7 @@ class Method:
         except ValueError:
             answer = Answer(reply.status, [(b"content-type", b"application/json")], data)
             response = self._response(answer, self._request())
-            process = self._wrapping.client._process_response_data  # noqa: SLF001
+            process = self._wrapping.client._process_response_data  # noqa: SLF001 — the SDK has no public one
             return process(data=msgspec.json.decode(data), cast_to=self._type, response=response)
 
     def _request(self) -> Any:
@@ -151,7 +151,7 @@ class Method:
 
     def _status_error(self, answer: Answer) -> Exception:
         response = self._response(answer, self._request())
-        error: Exception = self._wrapping.client._make_status_error_from_response(response)  # noqa: SLF001
+        error: Exception = self._wrapping.client._make_status_error_from_response(response)  # noqa: SLF001 — the SDK has no public one
         return error
 
     def _exception(self, error: LLMMWError) -> Exception:

@@ -177,18 +177,18 @@ class _Refusal(msgspec.Struct, frozen=True):
 
 _RULES: tuple[tuple[FaultKind, Callable[[_Refusal], object]], ...] = (
     # The first that holds. Exact codes stand before words, and what no waiting heals before what waiting does.
-    (FaultKind.QUOTA, lambda r: r.status == 402 or r.names & _QUOTA_CODES or r.said.per_day),  # noqa: PLR2004
+    (FaultKind.QUOTA, lambda r: r.status == 402 or r.names & _QUOTA_CODES or r.said.per_day),  # noqa: PLR2004 — HTTP
     (FaultKind.QUOTA, lambda r: _QUOTA_WORDS.search(r.words) or (r.is_rate and _NO_ALLOWANCE.search(r.words))),
     (FaultKind.CONTENT_FILTER, lambda r: r.names & _FILTER_CODES or _FILTER_WORDS.search(r.words)),
     (FaultKind.AUTH, lambda r: r.status in {401, 403} or r.names & _AUTH_CODES),
-    (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 413 or r.names & _LENGTH_CODES),  # noqa: PLR2004
-    (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 400 and r.said.param == "input_tokens"),  # noqa: PLR2004
+    (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 413 or r.names & _LENGTH_CODES),  # noqa: PLR2004 — HTTP
+    (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 400 and r.said.param == "input_tokens"),  # noqa: PLR2004 — HTTP
     (FaultKind.CONTEXT_LENGTH, lambda r: r.is_rate and "request too large" in r.words),
     (FaultKind.RATE, lambda r: r.is_rate),
     # 500: proxies that lose the upstream's status.
     (FaultKind.CONTEXT_LENGTH, lambda r: r.status in {400, 422, 500} and _LENGTH_WORDS.search(r.words)),
     (FaultKind.INVALID, lambda r: r.status in {501, 505}),
-    (FaultKind.SERVER, lambda r: r.status >= 500 or r.status in _ASKS_AGAIN or "overloaded_error" in r.names),  # noqa: PLR2004
+    (FaultKind.SERVER, lambda r: r.status >= 500 or r.status in _ASKS_AGAIN or "overloaded_error" in r.names),  # noqa: PLR2004 — HTTP
 )
 
 
