@@ -90,16 +90,29 @@ RULES: tuple[Rule, ...] = (
 ONE_PER_ROLE = "one-per-role"
 
 
-def find_violations(roles: Sequence[Role]) -> list[Finding]:
-    """Every rule that a list of roles, outermost first, breaks; and what is merely unwise."""
+def rules_of(role: Role) -> tuple[Rule, ...]:
+    """The rules that a role takes part in."""
+    return tuple(rule for rule in RULES if role in {rule.outer, rule.inner})
+
+
+def find_violations(roles: Sequence[Role], own: Sequence[tuple[int, Rule]] = ()) -> list[Finding]:
+    """Every rule that a list of roles breaks; and what is merely unwise.
+
+    Args:
+        roles: outermost first.
+        own: rules that layers bring along, with the index of the layer; "custom" in such a rule means that layer.
+    """
     findings: list[Finding] = []
     position = {role: index for index, role in reversed(list(enumerate(roles)))}
     for role in position:
         if role is not Role.CUSTOM and roles.count(role) > 1:
             message = f"two {role} layers: the second would repeat or defeat the first; keep one"
             findings.append(Finding(ONE_PER_ROLE, message, "error"))
-    for rule in RULES:
-        outer, inner = position.get(rule.outer), position.get(rule.inner)
+    for index, rule in [*((None, rule) for rule in RULES), *own]:
+        outer, inner = (
+            index if index is not None and role is Role.CUSTOM else position.get(role)
+            for role in (rule.outer, rule.inner)
+        )
         if outer is not None and inner is not None and outer > inner:
             message = f"{rule.outer} must be outside {rule.inner} ({rule.why})"
             findings.append(Finding(rule.id, message, rule.severity))
@@ -109,18 +122,18 @@ def find_violations(roles: Sequence[Role]) -> list[Finding]:
     return findings
 
 
-def enforce(roles: Sequence[Role], allow: Sequence[str]) -> None:
-    """Raise for the first rule that is broken and not allowed.
+def enforce(roles: Sequence[Role], allow: Sequence[str], own: Sequence[tuple[int, Rule]] = ()) -> None:
+    """Raise for the first rule that is broken and not allowed; arguments as for `find_violations`.
 
     Raises:
         OrderError: naming the rule, its reason and the override.
         ConfigError: `allow` names no rule.
     """
-    known = {rule.id for rule in RULES} | {ONE_PER_ROLE}
+    known = {rule.id for rule in RULES} | {rule.id for _, rule in own} | {ONE_PER_ROLE}
     unknown = [name for name in allow if name not in known]
     if unknown:
         raise ConfigError(f"Stack(allow={unknown!r}): no such rule; rules: {', '.join(sorted(known))}")
-    for finding in find_violations(roles):
+    for finding in find_violations(roles, own):
         if finding.severity == "error" and finding.rule not in allow:
             order = " > ".join(roles)
             raise OrderError(

@@ -10,7 +10,7 @@ from llmmw.engine import Engine
 from llmmw.env import Env, disabled
 from llmmw.errors import ConfigError
 from llmmw.layers.base import ForkingLayer, Layer
-from llmmw.order import Finding, Role
+from llmmw.order import Finding, Role, Rule
 from llmmw.settings import accepting, instance, texts
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Stack:
             _check_layer(layer)
         self._layers = layers
         self._allow = (allow,) if isinstance(allow, str) else texts("Stack(allow=)", allow)
-        order.enforce([layer.role for layer in layers], self._allow)
+        order.enforce([layer.role for layer in layers], self._allow, self._own_rules())
 
     @classmethod
     @accepting
@@ -123,7 +123,7 @@ class Stack:
 
     def check(self) -> tuple[Finding, ...]:
         """What is broken but allowed, and what is merely unwise; empty for a sound stack."""
-        return tuple(order.find_violations([layer.role for layer in self._layers]))
+        return tuple(order.find_violations([layer.role for layer in self._layers], self._own_rules()))
 
     def explain(self) -> str:
         """The stack as text: its layers with settings, the rules that fixed their order, and any findings."""
@@ -136,12 +136,21 @@ class Stack:
             lines.append(f"  ↓ {layer.role:<10} {layer!r}")
         lines.append("endpoint")
         roles = [layer.role for layer in self._layers]
-        rules = [rule for rule in order.RULES if rule.outer in roles and rule.inner in roles]
+        every = [*order.RULES, *(rule for _, rule in self._own_rules())]
+        rules = [rule for rule in every if rule.outer in roles and rule.inner in roles]
         if rules:
             lines.append("why this order:")
             lines += [f"  {rule.outer} > {rule.inner}: {rule.why}  [{rule.id}]" for rule in rules]
         lines += [f"{finding.severity}: {finding.message}  [{finding.rule}]" for finding in self.check()]
         return "\n".join(lines)
+
+    def _own_rules(self) -> list[tuple[int, Rule]]:
+        """Rules that layers bring along besides the general ones, with the place of the layer."""
+        found: list[tuple[int, Rule]] = []
+        for index, layer in enumerate(self._layers):
+            rules: tuple[Rule, ...] = getattr(layer, "rules", ())
+            found += [(index, rule) for rule in rules if rule not in order.RULES]
+        return found
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self._layers)

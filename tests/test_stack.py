@@ -103,3 +103,29 @@ def test_an_endpoint_must_be_one():
 async def test_disabling_by_environment_leaves_the_bare_endpoint(monkeypatch):
     monkeypatch.setenv("LLMMW_DISABLE", "1")
     assert "no layers" in repr(Stack(Deadline(5)).bind(FakeUpstream()))
+
+
+def test_a_layer_of_ones_own_may_bring_rules():
+    from llmmw import Rule
+
+    @dataclass(frozen=True)
+    class Audit:
+        role = Role.CUSTOM
+        rules = (Rule("audit-inside-cache", Role.CACHE, Role.CUSTOM, "hits are not audited"),)
+
+        def bind(self, inner, env):
+            return Bound(inner, env)
+
+    sound = Stack(Standin(Role.CUSTOM), Standin(Role.CACHE), Audit())
+    assert "hits are not audited" in sound.explain()
+    with pytest.raises(OrderError, match="hits are not audited") as caught:
+        Stack(Audit(), Standin(Role.CACHE))
+    assert caught.value.rule == "audit-inside-cache"
+    assert len(Stack(Audit(), Standin(Role.CACHE), allow=("audit-inside-cache",)).check()) == 1
+
+
+def test_every_layer_knows_its_rules():
+    from llmmw import Coalescer, TTLCache
+
+    assert {rule.id for rule in TTLCache(60).rules} >= {"cache-outside-coalesce", "cache-outside-limit"}
+    assert all(Role.COALESCE in {rule.outer, rule.inner} for rule in Coalescer().rules)

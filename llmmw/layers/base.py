@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+from llmmw.order import rules_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
-    from llmmw.order import Role
+    from llmmw.order import Role, Rule
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """Settings that can be bound, many times, around a handler. Comparable and printable."""
+    """Settings that can be bound, many times, around a handler. Comparable and printable.
+
+    A layer of somebody else may also carry `rules`, a tuple of `Rule`s about where it may stand; in them
+    `Role.CUSTOM` means this layer.
+    """
 
     role: ClassVar[Role]
     """The layer's job, which decides where it may stand."""
@@ -22,6 +28,17 @@ class Layer(Protocol):
     def bind(self, inner: Handler, env: Env) -> Bound:
         """Running state around `inner`; called once per engine (once per endpoint below a router)."""
         ...
+
+
+class Positioned:
+    """A layer whose role has rules of its own in `llmmw.order`."""
+
+    role: ClassVar[Role]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Where the layer may stand, and why."""
+        return rules_of(self.role)
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmmw.algo.batchplan import Limits, grouping
 from llmmw.errors import QueueFull
 from llmmw.events import RefusedEarly
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.gather import GO, Gathering, closed_error
 from llmmw.order import Role
 from llmmw.settings import choice, positive_seconds, settings, whole
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Batcher:
+class Batcher(Positioned):
     """Gathers calls of equal operation, model, sampling parameters, priority and tenant, and lets them go together.
 
     At an endpoint with a batch call a group becomes one request and its answer is taken apart again; elsewhere the

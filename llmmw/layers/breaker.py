@@ -13,7 +13,7 @@ from llmmw.errors import CircuitOpen
 from llmmw.events import CircuitChanged, RefusedEarly
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
 from llmmw.layers.attempt import exchange_of
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import number, positive_seconds, settings, whole
 from llmmw.stream import at_end
@@ -32,7 +32,7 @@ _REMEMBERED_EXCHANGES = 64
 
 
 @settings
-class CircuitBreaker:
+class CircuitBreaker(Positioned):
     """One circuit per endpoint and model: opens when it fails, then lets single probes through.
 
     Failures are lost or refused connections, 5xx, time-outs and answers that are none; a bad request, a 429, a full

@@ -10,7 +10,7 @@ from llmmw.env import variable
 from llmmw.errors import ConfigError
 from llmmw.events import CacheHit, CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.cachefill import Filler
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
@@ -31,7 +31,7 @@ MAX_NEGATIVE_S = 30.0
 
 
 @settings
-class TTLCache:
+class TTLCache(Positioned):
     """Answers from memory, and from disk where there is a directory, while they live.
 
     Args:

@@ -18,7 +18,7 @@ from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
 from llmmw.events import Coalesced
 from llmmw.interrupt import until_deadline
 from llmmw.keys import Sharing, Uncacheable, key_of
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.flight import Flight, current_flight
 from llmmw.order import Role
 from llmmw.settings import settings, whole
@@ -36,7 +36,7 @@ _ELECTIONS = 2
 
 
 @settings
-class Coalescer:
+class Coalescer(Positioned):
     """Joins identical calls in flight, where the cache's policy lets them share.
 
     Without a cache, or where the cache is switched off, only deterministic calls join (temperature 0 or a seed).

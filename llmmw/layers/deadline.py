@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmmw.errors import DeadlineExceeded
 from llmmw.events import RefusedEarly
 from llmmw.interrupt import Until, until_deadline
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Deadline:
+class Deadline(Positioned):
     """How long a caller waits at most; `using(deadline=)` can only shorten it.
 
     The moment travels in the call's context, so inner layers can refuse early what cannot be done in time. It covers

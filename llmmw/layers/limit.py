@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmmw.algo.throttle import RAMP_PERIOD_S
 from llmmw.errors import ConfigError
 from llmmw.layers.allowance import Limits
+from llmmw.layers.base import Positioned
 from llmmw.layers.limiter import BoundLimiter
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, settings, text, whole
@@ -28,7 +29,7 @@ Per = Literal["key+model", "key", "model", "endpoint"]
 
 
 @settings
-class RateLimiter:
+class RateLimiter(Positioned):
     """Keeps an endpoint's calls within its limits and closes the gate for everybody when it refuses one.
 
     Args:

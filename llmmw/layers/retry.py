@@ -11,7 +11,7 @@ from llmmw.errors import AmbiguousTimeout, UpstreamTimeout
 from llmmw.events import RetryScheduled
 from llmmw.fault import classify
 from llmmw.layers.attempt import annotate, attempt_of, exchange_of, make_attempt
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, seconds, settings, whole
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Retry:
+class Retry(Positioned):
     """Repeats failed attempts with full jitter, obeying Retry-After, the caller's deadline and a budget.
 
     What is repeated is in the table of fault classes: lost connections before sending, 429, 5xx and answers that are

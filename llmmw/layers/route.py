@@ -12,7 +12,7 @@ from llmmw.events import FellBack
 from llmmw.fault import Fault, FaultKind, classify, error_of
 from llmmw.fault.bodies import context_limit
 from llmmw.layers.attempt import annotate, attempt_of, make_attempt
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.pool.guard import Guard, check_url
 from llmmw.settings import seconds, settings, text, whole
@@ -64,7 +64,7 @@ class Fallback:
 
 
 @settings
-class ErrorRouter:
+class ErrorRouter(Positioned):
     """Falls back to other endpoints, in the order given, by class of the failure.
 
     Another endpoint is asked after lost connections, 5xx, answers that are none, rate limits with a long wait,

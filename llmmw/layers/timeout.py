@@ -9,7 +9,7 @@ from llmmw.algo.service import ServiceTimes
 from llmmw.errors import DeadlineExceeded, UpstreamTimeout
 from llmmw.events import RefusedEarly
 from llmmw.interrupt import Alarms, TimedChunks, Until
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings
 from llmmw.stream import at_end
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @settings
-class Timeout:
+class Timeout(Positioned):
     """Limits of one attempt at one endpoint. Waiting for a permit and back-off are not part of it (see Deadline).
 
     Args:
