@@ -31,12 +31,13 @@ _MAX_REMEMBERED = 256
 class Waiting:
     """A call in the queue."""
 
-    __slots__ = ("amounts", "call", "future")
+    __slots__ = ("alarm", "amounts", "call", "future")
 
     def __init__(self, call: Call, amounts: tuple[int, ...], future: asyncio.Future[Permit]) -> None:
         self.call = call
         self.amounts = amounts
         self.future = future
+        self.alarm: asyncio.TimerHandle | None = None
 
 
 class Gate:
@@ -67,7 +68,20 @@ class Gate:
         since = before[1] if before is not None and before[0] is waiting.call else None
         entry = self.queue.push(waiting, priority=priority, flow=flow, now=self._clock(), since=since)
         self.drain()
+        self._watch(entry)
         return entry
+
+    def _watch(self, entry: Entry[Waiting]) -> None:
+        """Tell a waiter of its deadline when that comes, not when the next permit is free; it may move meanwhile."""
+        waiting, now = entry.item, self._clock()
+        deadline = waiting.call.deadline
+        if deadline is None or waiting.future.done():
+            return
+        if self._is_stale(entry, now):
+            self.queue.remove(entry)
+            self.drain()
+        else:  # a moment late: where a Deadline layer waits for the same moment, its error is the one to hear
+            waiting.alarm = asyncio.get_running_loop().call_later(deadline - now + _TIMER_S, self._watch, entry)
 
     def leave(self, entry: Entry[Waiting]) -> None:
         """A waiter gave up; a permit that reached it meanwhile goes to the next."""

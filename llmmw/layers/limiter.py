@@ -199,6 +199,8 @@ class BoundLimiter(Bound):
             gate.leave(entry)
             raise
         finally:
+            if waiting.alarm is not None:
+                waiting.alarm.cancel()
             if unsubscribe is not None:
                 unsubscribe()
         waited = self.env.clock.monotonic() - began

@@ -680,8 +680,27 @@ async def test_deadline_that_passes_in_the_queue_is_told(clock):
     bound = limiter(clock, Recorder(clock, latency_s=5.0), concurrency=1)
     running = asyncio.ensure_future(bound(chat_call()))
     await asyncio.sleep(0)
+    began = clock.monotonic()
     with pytest.raises(RateLimited, match="deadline passed"):
-        await bound(chat_call(context=Context(deadline=clock.monotonic() + 1)))
+        await bound(chat_call(context=Context(deadline=began + 1)))
+    assert clock.monotonic() - began == pytest.approx(1, abs=0.01)
+    assert level(bound, "waiting") == 0
+    await running
+
+
+@manual_time
+async def test_deadline_that_moves_while_waiting_is_the_one_that_counts(clock):
+    bound = limiter(clock, Recorder(clock, latency_s=5.0), concurrency=1)
+    running = asyncio.ensure_future(bound(chat_call()))
+    await asyncio.sleep(0)
+    began = clock.monotonic()
+    urgency = Urgency(0, began + 1)
+    waiter = asyncio.ensure_future(bound(chat_call().replace(urgency=urgency)))
+    await asyncio.sleep(0.5)
+    urgency.join(Context(deadline=began + 3))
+    with pytest.raises(RateLimited, match="deadline passed"):
+        await waiter
+    assert clock.monotonic() - began == pytest.approx(3, abs=0.01)
     await running
 
 
