@@ -41,7 +41,8 @@ class Call(msgspec.Struct, frozen=True):
     namespace: str = ""
     """Fingerprint of the credential or the tenant: answers are shared within one namespace only."""
     variant: tuple[tuple[str, str], ...] = ()
-    """Request headers that change the answer (API version, beta flags), lower-case and sorted."""
+    """What else changes the answer: request headers (API version, beta flags), lower-case and sorted; a function's
+    code."""
     inherits_context: bool = False
     """True where the endpoint must run with the caller's context variables (a user's function)."""
     key: bytes = b""

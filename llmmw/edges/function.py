@@ -10,6 +10,7 @@ from llmmw.call import Call, Item, Reply, current_context
 from llmmw.codec import Codec, Undecodable
 from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
 from llmmw.errors import ConfigError
+from llmmw.keys.code import code_digest
 from llmmw.settings import accepting, instance, texts
 from llmmw.stack import Stack
 
@@ -117,6 +118,7 @@ class FunctionEdge:
         self, function: Callable[..., Any], kind: FunctionKind, stack: Stack, ignore: tuple[str, ...], env: Env | None
     ) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
+        self._variant = (("code", code_digest(function)),)
         self._binder = Binder(function, ignore)
         self._codec = Codec(_return_annotation(function))
         self._stream = kind == "async generator"
@@ -136,6 +138,7 @@ class FunctionEdge:
             Invocation(args, kwargs),
             self.name,
             context.tenant or "",
+            self._variant,
             inherits_context=True,
         )
 
@@ -170,8 +173,8 @@ def _return_annotation(function: Callable[..., Any]) -> Any:
 
 
 def _kind_of(function: Callable[..., Any]) -> FunctionKind:
-    if not callable(function):
-        raise ConfigError(f"wrap({function!r}): expected a function")
+    if not callable(function) or not hasattr(function, "__qualname__") or not hasattr(function, "__module__"):
+        raise ConfigError(f"wrap({function!r}): expected a function; write one that calls this")
     if inspect.isasyncgenfunction(function):
         return "async generator"
     if inspect.iscoroutinefunction(function):

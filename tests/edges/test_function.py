@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ def test_what_cannot_be_wrapped_is_refused_with_a_reason():
         Stack().wrap(generator)
     with pytest.raises(ConfigError, match="expected a function"):
         Stack().wrap(3)
+    with pytest.raises(ConfigError, match="expected a function; write one"):
+        Stack().wrap(functools.partial(generator))
     with pytest.raises(ConfigError, match="no such parameter"):
         Stack().wrap(lambda a: a, ignore=("b",))
 
