@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 from types import CodeType, EllipsisType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ def code_digest(function: Callable[..., Any]) -> str:
 
 def _form(value: Any, within: frozenset[int]) -> object:
     """Plain values in lists and tuples, whose `repr` is the same in every process."""
-    kind: type[object] = type(value)
+    kind = cast("type[object]", type(value))
     if kind in _PLAIN:
         return value
     if isinstance(value, MethodType):
@@ -42,7 +42,7 @@ def _compound(value: Any, within: frozenset[int]) -> object:
     if isinstance(value, FunctionType):
         cells = [_cell(cell, within) for cell in value.__closure__ or ()]
         return ("function", _form(value.__code__, within), cells, _form(getattr(value, "__wrapped__", None), within))
-    kind: type[object] = type(value)
+    kind = cast("type[object]", type(value))
     if kind is tuple or kind is frozenset:
         parts = [repr(_form(part, within)) for part in value]
         return (kind.__name__, parts if kind is tuple else sorted(parts))
