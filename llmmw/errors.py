@@ -65,7 +65,7 @@ class MissingExtra(ConfigError, ImportError):
 
 
 class Refused(LLMMWError):
-    """The call was never sent, so it cost nothing and may be made again."""
+    """The call was never sent (but see `DeadlineExceeded.sent`), so it cost nothing and may be made again."""
 
     def __init__(
         self,
@@ -95,7 +95,22 @@ class QueueFull(Refused):
 
 
 class DeadlineExceeded(Refused):
-    """The caller's deadline passed, or too little of it is left for an attempt."""
+    """The caller's deadline passed, or too little of it is left for an attempt.
+
+    The one refusal that may come when the call is under way: with `sent` the request may be served and billed.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        sent: bool = False,
+        retry_at: float | None = None,
+        retry_after_s: float | None = None,
+        attempts: tuple[Attempt, ...] = (),
+    ) -> None:
+        super().__init__(message, retry_at=retry_at, retry_after_s=retry_after_s, attempts=attempts)
+        self.sent = sent
 
 
 class Closed(Refused):

@@ -304,7 +304,7 @@ def _expire(waiter: asyncio.Future[Landed]) -> None:
 
 
 def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the shared call was complete")
+    return DeadlineExceeded("the deadline passed before the shared call was complete", sent=True)
 
 
 def _closed() -> Closed:

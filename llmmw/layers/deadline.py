@@ -81,4 +81,4 @@ class BoundDeadline(Bound):
 
 
 def _exceeded() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the answer was complete")
+    return DeadlineExceeded("the deadline passed before the answer was complete", sent=True)

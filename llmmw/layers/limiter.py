@@ -18,7 +18,7 @@ from llmmw.algo.headers import feedback
 from llmmw.algo.throttle import LOCAL_RAMP_PERIOD_S
 from llmmw.answer import NO_USAGE, Usage
 from llmmw.call import Reply
-from llmmw.errors import ConfigError, RateLimited, UpstreamTimeout
+from llmmw.errors import ConfigError, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.fault import FaultKind
 from llmmw.layers.base import Bound
@@ -251,7 +251,7 @@ class BoundLimiter(Bound):
             pause = gate.refused(call, permit, fault.retry_after_s)
             if pause:
                 self.env.emit(LimiterPaused(call.target, pause))
-        elif kind in _NOT_SENT:
+        elif kind in _NOT_SENT and not (isinstance(outcome, DeadlineExceeded) and outcome.sent):
             gate.give_back(permit)
         else:
             if isinstance(outcome, UpstreamTimeout) or (fault is not None and fault.status in _BUSY):

@@ -136,7 +136,7 @@ class _Watch:
         """What passed, as an exception."""
         deadline, own = self._call.deadline, min(self._end, self._silence)
         if deadline is not None and deadline < own:
-            return DeadlineExceeded("the deadline passed while the endpoint was working")
+            return DeadlineExceeded("the deadline passed while the endpoint was working", sent=True)
         name = self._silent_name if self._silence < self._end else f"total ({self._total:g} s)"
         return UpstreamTimeout(f"no complete answer within the limit {name}", endpoint=self._call.target, sent=True)
 

@@ -7,9 +7,10 @@ import pytest
 from llmmw.answer import Usage
 from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
-from llmmw.errors import Closed, ConfigError, ConnectionFailed, RateLimited, UpstreamTimeout
+from llmmw.errors import Closed, ConfigError, ConnectionFailed, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.layers.limit import RateLimiter
+from llmmw.layers.timeout import Timeout
 from llmmw.order import Role
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
@@ -686,6 +687,19 @@ async def test_deadline_that_passes_in_the_queue_is_told(clock):
     assert clock.monotonic() - began == pytest.approx(1, abs=0.01)
     assert level(bound, "waiting") == 0
     await running
+
+
+@manual_time
+async def test_limit_05_a_deadline_that_passes_at_the_endpoint_gives_nothing_back(clock):
+    upstream = Recorder(clock, latency_s=5.0)
+    bound = limiter(clock, Timeout(10).bind(upstream, Env(clock=clock)), rpm=2)
+    with pytest.raises(DeadlineExceeded, match="while the endpoint was working") as caught:
+        await bound(chat_call(context=Context(deadline=clock.monotonic() + 1)))
+    assert caught.value.sent
+    assert level(bound, "requests_in_window") == 1
+    with pytest.raises(RateLimited):
+        await bound(chat_call(context=Context(deadline=clock.monotonic() + 1)))
+    assert len(upstream.times) == 1
 
 
 @manual_time
