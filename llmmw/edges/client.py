@@ -94,11 +94,12 @@ class Client(ClientBase):
     """An async client; use it with `async with`, or `await aclose()`.
 
     Every method takes any further field of the API (tools, response_format, seed, extra_body, ...) and passes it on
-    unchanged. `timeout` (seconds or text) is a deadline for the call, `extra_headers` are added to the request.
+    unchanged. `timeout` (seconds or text) is a deadline for the call, as `using(deadline=)`; `extra_headers` are
+    added to the request.
 
     Raises:
         StatusError: the server refused (its message, code and status are on the error).
-        Refused: never sent (limit, open circuit, deadline, closed).
+        Refused: never sent (limit, open circuit, closed), or the deadline passed.
         UpstreamError: no usable answer.
     """
 

@@ -41,7 +41,7 @@ class Wrapped(Protocol[P, R_co]):
         ...
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> int:
-        """Forget the stored answer to these arguments; returns how many entries went."""
+        """Forget the stored answer to these arguments (a method's with its `self`); returns how many entries went."""
         ...
 
     async def aclose(self) -> None:
