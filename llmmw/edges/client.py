@@ -115,8 +115,12 @@ class Client(ClientBase):
         """Embeddings: `reply.body["data"]`."""
         return answer_of(await self.engine.call(self.requests.embed(model, input, fields)))
 
-    async def stream(self, *, model: str | None = None, **request: Any) -> AsyncGenerator[Piece]:
-        """A streamed answer to `messages=[...]` or `prompt=...`, piece by piece as it arrives."""
+    async def stream(
+        self, messages: object = None, *, model: str | None = None, **request: Any
+    ) -> AsyncGenerator[Piece]:
+        """A streamed answer to `messages` (or to `prompt=...`), piece by piece as it arrives."""
+        if messages is not None:
+            request["messages"] = messages
         if model is not None:
             request["model"] = model
         reply = answer_of(await self.engine.call(self.requests.any(request, {}, stream=True)))

@@ -46,8 +46,10 @@ class SyncClient:
         """Embeddings: `reply.body["data"]`."""
         return answer_of(self.engine.call_sync(self.requests.embed(model, input, fields)))
 
-    def stream(self, *, model: str | None = None, **request: Any) -> Generator[Piece]:
-        """A streamed answer to `messages=[...]` or `prompt=...`, piece by piece as it arrives."""
+    def stream(self, messages: object = None, *, model: str | None = None, **request: Any) -> Generator[Piece]:
+        """A streamed answer to `messages` (or to `prompt=...`), piece by piece as it arrives."""
+        if messages is not None:
+            request["messages"] = messages
         if model is not None:
             request["model"] = model
         reply = answer_of(self.engine.call_sync(self.requests.any(request, {}, stream=True)))

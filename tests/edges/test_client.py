@@ -72,6 +72,7 @@ async def test_a_stream_comes_piece_by_piece(server):
         assert pieces[-1].usage == whole.usage
         assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["stop"]
         assert "".join([piece async for piece in client.stream(prompt="once", model=MODEL, max_tokens=4)])
+        assert "".join([piece async for piece in client.stream("hello", temperature=0)]) == whole.text
         stats = client.get_performance_stats()
     assert stats["tokens_out"] >= 2 * whole.usage.output_tokens
 
