@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import httpx
 import httpx2
 import msgspec
@@ -15,16 +13,26 @@ from llmmw import Client, Coalescer, Stack, SyncClient, TTLCache
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
 
-_OWN = re.compile(rb'"id":"[^"]*"|"created":\d+')
-
 
 async def raw_stream(vllm, body, path="/chat/completions") -> bytes:
     """The bytes of a stream, past llmmw."""
     return (await vllm.raw(vllm.streamed(body), path)).content
 
 
-def bare_bytes(stream: bytes) -> bytes:
-    return _OWN.sub(b"", stream)
+def told(events: list[dict]) -> dict:
+    """What a stream says, however it is cut: two streams of one question differ in that, for a vLLM whose cores are
+    busy sends several tokens in one event. (That cuts pass unchanged is tests/e2e/test_streaming.py's.)
+    """
+    choices = [choice for event in events for choice in event["choices"]]
+    deltas = [choice.get("delta") or {"content": choice.get("text")} for choice in choices]
+    return {
+        "kinds": {(event["object"], event["model"]) for event in events},
+        "roles": [delta["role"] for delta in deltas if delta.get("role")],
+        "text": "".join(delta.get("content") or "" for delta in deltas),
+        "fields": {name for delta in deltas for name in delta},
+        "ends": [choice["finish_reason"] for choice in choices if choice.get("finish_reason")],
+        "usage": [event["usage"] for event in events if event.get("usage")],
+    }
 
 
 def dumped(chunk) -> dict:
@@ -41,7 +49,7 @@ async def test_the_client_streams_the_servers_events(vllm, stack):
         second = [piece async for piece in client.stream(**body)]
         whole = await client.chat(**body)
         stats = client.get_performance_stats()
-    assert [vllm.plain(piece.body) for piece in first] == truth
+    assert told([vllm.plain(piece.body) for piece in first]) == told(truth)
     assert [piece.body for piece in second] == [piece.body for piece in first]
     usage = truth[-1]["usage"]
     assert (first[-1].usage.input_tokens, first[-1].usage.output_tokens) == (
@@ -71,7 +79,7 @@ def test_the_sync_client_streams_the_servers_events(vllm, stack):
     with SyncClient(vllm.url, stack=stack) as client:
         first, second = list(client.stream(**body)), list(client.stream(**body))
         assert client.get_performance_stats()["cache_hits"] == 1
-    assert [vllm.plain(piece.body) for piece in first] == truth
+    assert told([vllm.plain(piece.body) for piece in first]) == told(truth)
     assert [piece.body for piece in second] == [piece.body for piece in first]
 
 
@@ -89,7 +97,7 @@ async def test_the_transport_passes_the_bytes_on(vllm, stack, library):
                 assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
                 streams.append([chunk async for chunk in response.aiter_raw()])
     first, second = streams
-    assert bare_bytes(b"".join(first)) == bare_bytes(truth)
+    assert told(vllm.events(b"".join(first))) == told(vllm.events(truth))
     assert second == first  # cut where it was cut before
     await vllm.grown(before, answers=1, posts=1)
 
@@ -103,7 +111,7 @@ def test_the_sync_transport_passes_the_bytes_on(vllm, stack):
             with client.stream("POST", "/chat/completions", json=vllm.streamed(body)) as response:
                 streams.append(list(response.iter_raw()))
         assert client.get_performance_stats()["cache_hits"] == 1
-    assert bare_bytes(b"".join(streams[0])) == bare_bytes(truth)
+    assert told(vllm.events(b"".join(streams[0]))) == told(vllm.events(truth))
     assert streams[1] == streams[0]
 
 
@@ -124,7 +132,7 @@ async def test_the_sdk_streams_its_own_chunks(vllm, stack, way):
             streams.append([chunk async for chunk in stream])
     first, second = streams
     assert all(isinstance(chunk, openai.types.chat.ChatCompletionChunk) for chunk in (*first, *second))
-    assert [dumped(chunk) for chunk in first] == truth
+    assert told([dumped(chunk) for chunk in first]) == told(truth)
     assert second == first
     assert first[-1].usage.completion_tokens == truth[-1]["usage"]["completion_tokens"]
     await vllm.grown(before, answers=1, posts=1)
@@ -138,7 +146,7 @@ def test_the_sync_sdk_streams_its_own_chunks(vllm, stack):
     ) as sdk:
         first, second = (list(sdk.chat.completions.create(**vllm.for_sdk(body))) for _ in range(2))
         assert sdk._client.get_performance_stats()["cache_hits"] == 1
-    assert [dumped(chunk) for chunk in first] == truth
+    assert told([dumped(chunk) for chunk in first]) == told(truth)
     assert second == first
 
 
@@ -157,7 +165,7 @@ async def test_a_decorated_generator_yields_the_sdks_chunks(vllm, stack):
         second = [chunk async for chunk in ask("stream decorated")]
         assert ask.get_performance_stats()["cache_hits"] == 1
         await ask.aclose()
-    assert [dumped(chunk) for chunk in first] == truth
+    assert told([dumped(chunk) for chunk in first]) == told(truth)
     assert second == first
     assert type(second[0]) is openai.types.chat.ChatCompletionChunk
     await vllm.grown(before, answers=1, posts=1)
@@ -176,7 +184,7 @@ async def test_a_stream_of_a_text_completion(vllm, stack):
         first = [piece async for piece in client.stream(**body)]
         second = [piece async for piece in client.stream(**body)]
         whole = await client.complete(**body)
-    assert [vllm.plain(piece.body) for piece in first] == truth
+    assert told([vllm.plain(piece.body) for piece in first]) == told(truth)
     assert [piece.body for piece in second] == [piece.body for piece in first]
     assert (whole.source, whole.text) == ("cache", "".join(first))
 
@@ -191,7 +199,7 @@ async def test_a_stream_without_usage_stays_without(vllm, stack):
     assert msgspec.json.encode(vllm.events(with_usage.content)).count(b'"usage"') == 1
     *truth, last = vllm.events((await vllm.raw(body)).content)
     assert last.pop("system_fingerprint")  # in the last event, which with usage is another one
-    assert vllm.events(without.content) == [*truth, last]
+    assert told(vllm.events(without.content)) == told([*truth, last])
 
 
 async def test_a_cut_off_stream_is_delivered_and_not_kept(vllm, stack):
@@ -200,7 +208,7 @@ async def test_a_cut_off_stream_is_delivered_and_not_kept(vllm, stack):
     async with Client(vllm.url, stack=stack) as client:
         for _ in range(2):
             pieces = [piece async for piece in client.stream(**body)]
-            assert [vllm.plain(piece.body) for piece in pieces] == truth
+            assert told([vllm.plain(piece.body) for piece in pieces]) == told(truth)
         assert client.get_performance_stats()["upstream_requests"] == 2
         assert client.get_performance_stats()["layers"]["cache"]["skipped: finish_reason 'length'"] == 2
 
@@ -215,7 +223,7 @@ async def test_followers_of_a_stream_hear_it_whole(vllm):
         follower = [piece async for piece in client.stream(**body)]
         pieces += [piece async for piece in leader]
         stats = client.get_performance_stats()
-    assert [vllm.plain(piece.body) for piece in follower] == truth
+    assert told([vllm.plain(piece.body) for piece in follower]) == told(truth)
     assert [piece.body for piece in pieces] == [piece.body for piece in follower]
     assert (stats["coalesced"] + stats["cache_hits"], stats["upstream_requests"]) == (1, 1)
     await vllm.grown(before, answers=1, posts=1)
