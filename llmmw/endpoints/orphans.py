@@ -39,7 +39,7 @@ def forget_orphans(http_client: Any, *, forked: bool, ending: bool = True) -> in
                 transport.abort()
             else:
                 continue
-            pool._connections.remove(connection)  # noqa: SLF001
+            pool._connections.remove(connection)  # noqa: SLF001 — httpcore offers no other way to drop one
             dropped += 1
     return dropped
 

@@ -180,10 +180,10 @@ class _Pieces:
             await self._close()
 
     async def _next(self) -> bytes | None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: one subclass each for sync and async SDKs
 
     async def _close(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract, as above
 
 
 class _AsyncPieces(_Pieces):
