@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmmw.pool.engine import RawResponse
-    from llmmw.pool.home import Generation, Home
+    from llmmw.pool.fleet import Fleet, Generation
 
 MAX_RATIO = 200
 """A body that grows more than this is a bomb: JSON text compresses 3 to 30 times."""
@@ -72,12 +72,12 @@ class Body:
     However it ends, the connection goes back (or is closed), and the slot once.
     """
 
-    __slots__ = ("_gap_s", "_generation", "_home", "_inflater", "_left", "_lost", "_raw", "_was_cut")
+    __slots__ = ("_fleet", "_gap_s", "_generation", "_inflater", "_left", "_lost", "_raw", "_was_cut")
 
     def __init__(
         self,
         raw: RawResponse,
-        home: Home,
+        fleet: Fleet,
         generation: Generation,
         lost: Callable[[BaseException], BaseException],
         *,
@@ -86,7 +86,7 @@ class Body:
         inflater: Inflater | None = None,
     ) -> None:
         self._raw = raw
-        self._home: Home | None = home
+        self._fleet: Fleet | None = fleet
         self._generation = generation
         self._lost = lost
         self._gap_s = gap_s
@@ -123,7 +123,7 @@ class Body:
 
     async def aclose(self) -> None:
         """Stop reading. Idempotent."""
-        if self._home is not None:
+        if self._fleet is not None:
             self._was_cut = True
             try:
                 await self._raw.aclose()
@@ -131,7 +131,7 @@ class Body:
                 self._end()
 
     async def _next(self) -> bytes:
-        if self._home is None:
+        if self._fleet is None:
             return b""
         raw = self._raw
         try:
@@ -167,18 +167,18 @@ class Body:
             raise UpstreamTimeout(f"the body stood still for {gap_s:g} s") from None
 
     def _end(self) -> None:
-        home, self._home = self._home, None
-        if home is not None:
-            home.finish(self._generation)
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            fleet.finish(self._generation)
 
     def __del__(self) -> None:
         # A reader that simply went away: the slot must come back, or the pool would lose it for ever.
-        home = self._home
-        if home is not None and not home.dead and not home.loop.is_closed():
+        fleet = self._fleet
+        if fleet is not None and not fleet.dead and not fleet.loop.is_closed():
             warnings.warn("a response body was neither read to its end nor closed", ResourceWarning, stacklevel=2)
-            home.loop.call_soon_threadsafe(_let_go, self._raw, home, self._generation)
+            fleet.loop.call_soon_threadsafe(_let_go, self._raw, fleet, self._generation)
 
 
-def _let_go(raw: RawResponse, home: Home, generation: Generation) -> None:
+def _let_go(raw: RawResponse, fleet: Fleet, generation: Generation) -> None:
     raw.abandon()
-    home.finish(generation)
+    fleet.finish(generation)

@@ -21,8 +21,8 @@ from llmmw.errors import (
 from llmmw.events import ConnectionOpened, ConnectionReused
 from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
 from llmmw.pool.engine import MAX_HEADER_BYTES, EngineOptions, Exchange, Lost
+from llmmw.pool.fleet import Fleet
 from llmmw.pool.guard import check_headers, check_url, origin_of
-from llmmw.pool.home import Home
 from llmmw.settings import seconds
 from llmmw.wire import HOP_BY_HOP, HTTPRequest
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from llmmw.env import Env
     from llmmw.pool.engine import RawResponse
+    from llmmw.pool.fleet import Generation
     from llmmw.pool.guard import Guard
-    from llmmw.pool.home import Generation
     from llmmw.pool.pool import ConnectionPool
     from llmmw.wire import Headers
 
@@ -82,7 +82,7 @@ class BoundPool:
             trust_env=settings.trust_env,
             http2=settings.http2,
         )
-        self._home: Home | None = None
+        self._fleet: Fleet | None = None
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
         self._origins: dict[str, str] = {}
@@ -111,20 +111,20 @@ class BoundPool:
             raise Closed("the connection pool is closed")
         origin = self._origins.get(request.url) or self._judge(request.url)
         request = self._clean(request)
-        home = self._here()
-        if not home.try_enter():
-            await home.enter()
+        fleet = self._here()
+        if not fleet.try_enter():
+            await fleet.enter()
         try:
             limit = self._connect_s if connect_s is None else connect_s
-            generation, raw, exchange = await self._send(home, request, origin, limit, duplicate_ok=duplicate_ok)
+            generation, raw, exchange = await self._send(fleet, request, origin, limit, duplicate_ok=duplicate_ok)
         except BaseException:
-            home.leave()
+            fleet.leave()
             raise
         try:
-            return self._respond(home, generation, raw, exchange)
+            return self._respond(fleet, generation, raw, exchange)
         except BaseException:
             raw.abandon()
-            home.finish(generation)
+            fleet.finish(generation)
             raise
 
     def warm_up(self, request: HTTPRequest) -> None:
@@ -156,34 +156,34 @@ class BoundPool:
             self._outgoing[id(request.headers)] = known
         return HTTPRequest(request.method, request.url, known[1], request.body)
 
-    def _here(self) -> Home:
-        home = self._home
-        if home is None or not home.is_here():
-            if home is not None:
-                home.drop()
+    def _here(self) -> Fleet:
+        fleet = self._fleet
+        if fleet is None or not fleet.is_here():
+            if fleet is not None:
+                fleet.drop()
             limit = self.settings.max_connections
-            home = self._home = Home(self.settings.engine, self._options, self._env, limit, self._age_s)
-        return home
+            fleet = self._fleet = Fleet(self.settings.engine, self._options, self._env, limit, self._age_s)
+        return fleet
 
     async def _send(
-        self, home: Home, request: HTTPRequest, origin: str, connect_s: float | None, *, duplicate_ok: bool
+        self, fleet: Fleet, request: HTTPRequest, origin: str, connect_s: float | None, *, duplicate_ok: bool
     ) -> tuple[Generation, RawResponse, Exchange]:
         """Send over the current connections, once more over fresh ones where the first was stale and that is safe."""
         may_repeat = duplicate_ok or self.settings.retry_on_stale or request.method in _IDEMPOTENT
         while True:
-            generation, exchange = home.start(), Exchange(connect_s)
+            generation, exchange = fleet.start(), Exchange(connect_s)
             try:
                 if self._first_byte_s is None:
                     return generation, await generation.engine.send(request, exchange), exchange
                 return generation, await self._send_in_time(generation, request, exchange, self._first_byte_s), exchange
             except BaseException as error:
-                home.stop(generation)
+                fleet.stop(generation)
                 if not isinstance(error, Lost):
                     raise
-                if home.dead or exchange.opened is not False or error.any_byte:
+                if fleet.dead or exchange.opened is not False or error.any_byte:
                     raise self._lost(error) from error
                 # Its idle neighbours are as old, so none of them is used again.
-                home.retire(generation)
+                fleet.retire(generation)
                 if not may_repeat:
                     raise StaleConnection(f"a kept-alive connection was dead: {error}", endpoint=origin) from error
                 may_repeat = False
@@ -210,11 +210,11 @@ class BoundPool:
         why = "the pool was closed during the call" if self._closed else str(error)
         return AmbiguousOutcome(f"{why}; the server may have done the work")
 
-    def _respond(self, home: Home, generation: Generation, raw: RawResponse, exchange: Exchange) -> Response:
+    def _respond(self, fleet: Fleet, generation: Generation, raw: RawResponse, exchange: Exchange) -> Response:
         headers, coding = _readable(raw.headers)
         body = Body(
             raw,
-            home,
+            fleet,
             generation,
             self._lost,
             max_bytes=self.settings.max_response_bytes,
@@ -225,9 +225,9 @@ class BoundPool:
 
     def rehome(self) -> None:
         """Drop every socket without waiting: the loop is dead, or this is a forked child."""
-        home, self._home, self._closing = self._home, None, None
-        if home is not None:
-            home.drop()
+        fleet, self._fleet, self._closing = self._fleet, None, None
+        if fleet is not None:
+            fleet.drop()
 
     async def aclose(self) -> None:
         """Refuse new requests, wait `drain_timeout` for those in flight, then break them off. Idempotent.
@@ -235,31 +235,31 @@ class BoundPool:
         Closing goes on when the caller is cancelled, and every caller waits for the same closing.
         """
         self._closed = True
-        home = self._home
-        if home is None:
+        fleet = self._fleet
+        if fleet is None:
             return
-        if not home.is_here():
+        if not fleet.is_here():
             self.rehome()
             return
         if self._closing is None:
-            self._closing = asyncio.create_task(home.close(self._drain_s))
+            self._closing = asyncio.create_task(fleet.close(self._drain_s))
         await asyncio.shield(self._closing)
 
     def gauges(self) -> dict[str, object]:
         """Readings of the moment, from any thread."""
-        home = self._home
-        waiting = 0 if home is None else home.waiting
-        in_flight = 0 if home is None else home.active - waiting
+        fleet = self._fleet
+        waiting = 0 if fleet is None else fleet.waiting
+        in_flight = 0 if fleet is None else fleet.active - waiting
         return {"engine": self.settings.engine, "in_flight": in_flight, "waiting": waiting}
 
     def __repr__(self) -> str:
         return f"BoundPool({self.settings.engine}, closed={self._closed})"
 
     def __del__(self) -> None:
-        home = getattr(self, "_home", None)
-        if home is not None and home.is_open and not self._closed:
+        fleet = getattr(self, "_fleet", None)
+        if fleet is not None and fleet.is_open and not self._closed:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
-            home.drop_from_anywhere()
+            fleet.drop_from_anywhere()
 
 
 def _optional(value: float | str | None) -> float | None:

@@ -17,7 +17,7 @@ from llmmw.errors import AmbiguousOutcome, Closed, ConfigError, MissingExtra, St
 from llmmw.events import ConnectionOpened
 from llmmw.pool import BoundPool, ConnectionPool
 from llmmw.pool import engines as engines_module
-from llmmw.pool import home as home_module
+from llmmw.pool import fleet as fleet_module
 from llmmw.pool.engine import Lost, as_utf8
 from llmmw.testing import ManualClock, manual_time
 from llmmw.testing.rawserver import RawServer, answer_bytes, hang_up, say
@@ -139,7 +139,7 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(home_module, "make_engine", lambda name, options: Scripted())
+    monkeypatch.setattr(fleet_module, "make_engine", lambda name, options: Scripted())
     Scripted.made = []
     Scripted.script = []
     return Scripted

@@ -1,4 +1,4 @@
-"""Everything of a pool that belongs to one process and one event loop: slots, engines, and their ends."""
+"""The engines in service on one event loop of one process: their slots, their replacement, their ends."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Generation:
         self.retired = False
 
 
-class Home:
-    """Slots and engines on the loop that runs when it is made."""
+class Fleet:
+    """Engines and slots on the loop that runs when it is made."""
 
     def __init__(
         self, engine: str, options: EngineOptions, env: Env, max_connections: int, max_age_s: float | None
