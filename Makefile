@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test check bench bench-pool vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases check bench bench-pool vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,6 +31,9 @@ demo: $(READY)  ## the main job, three ways, on the embedded model server
 
 test: $(READY)  ## all tests that need no vLLM
 	$(BIN)/python -m pytest
+
+cases: $(READY)  ## the specification's cases, the tests that prove them, and how they end
+	$(BIN)/python tests/cases.py
 
 check: $(READY)  ## lint, types, import direction
 	$(BIN)/ruff check $(SOURCES)
