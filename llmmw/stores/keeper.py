@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
 from llmmw.stores.place import Refused, prepare, quarantine
+from llmmw.stores.schema import Corrupt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,8 +155,6 @@ class Keeper:
 
     def _failed(self, error: Exception) -> None:
         """Close, put a broken database aside, and leave the disk alone for a while."""
-        from llmmw.stores.rows import Corrupt  # noqa: PLC0415 — see get
-
         self.close()
         broken = isinstance(error, Corrupt) or (
             isinstance(error, sqlite3.DatabaseError)

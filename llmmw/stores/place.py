@@ -16,6 +16,7 @@ _NETWORK = frozenset({
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.glusterfs",
     "fuse.ceph", "fuse.s3fs", "gpfs", "beegfs",
 })  # fmt: skip
+_ASIDE = ".corrupt-"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _PRIVATE_DIRECTORY, _PRIVATE_FILE = 0o700, 0o600
 
@@ -32,15 +33,25 @@ def prepare(directory: Path, *, network: bool = False) -> None:
         OSError: it cannot be made (read-only, no space, no permission).
     """
     _make(directory)
+    check(directory, network=network)
+    # SQLite gives -wal and -shm the mode of the database file, so this one decides for all. An existing file is never
+    # opened here: closing it would drop the locks of every other connection of this process (POSIX).
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(directory / DATABASE, os.O_CREAT | os.O_EXCL | os.O_RDWR, _PRIVATE_FILE))
+
+
+def check(directory: Path, *, network: bool = False) -> None:
+    """Look at a directory and the database in it; files of ours that others may read are made private.
+
+    Raises:
+        Refused: not ours, a link, a special file, writable by others, or on a network file system.
+        FileNotFoundError: there is no such directory.
+    """
     _check_directory(directory)
     if not network and (kind := network_file_system(directory)):
         raise Refused(f"{directory} is on a network file system ({kind}), where locks fail; network_directory=True")
     for name in _FILES:
         _check_file(directory / name)
-    # SQLite gives -wal and -shm the mode of the database file, so this one decides for all. An existing file is never
-    # opened here: closing it would drop the locks of every other connection of this process (POSIX).
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(directory / DATABASE, os.O_CREAT | os.O_EXCL | os.O_RDWR, _PRIVATE_FILE))
 
 
 def _make(directory: Path) -> None:
@@ -97,9 +108,14 @@ def network_file_system(directory: Path, mounts: Path = Path("/proc/self/mountin
     return kind if kind in _NETWORK else ""
 
 
+def quarantined(directory: Path) -> list[Path]:
+    """The plain files that `quarantine` left in a directory."""
+    return [path for path in sorted(directory.glob(f"{DATABASE}*{_ASIDE}*")) if stat.S_ISREG(path.lstat().st_mode)]
+
+
 def quarantine(directory: Path, wall: float) -> None:
     """Put a broken database aside, for whoever wants to know why; the next opening makes a new one."""
-    suffix = f".corrupt-{int(wall)}"
+    suffix = f"{_ASIDE}{int(wall)}"
     for name in _FILES:
         path = directory / name
         if os.path.lexists(path):

@@ -6,7 +6,6 @@ row: 32 bytes of key, one blob of value, inline. A digest over key and value sta
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import threading
 from hashlib import sha256
@@ -16,6 +15,7 @@ import diskcache  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
 from llmmw.stores.entry import BadEntry, NewerEntry, decode_entry, encode_entry
 from llmmw.stores.place import DATABASE
+from llmmw.stores.schema import SETTINGS, connect, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,30 +34,6 @@ _DIGEST_BYTES = 16
 _MODE_RAW = 1
 _SELECT = "SELECT CASE WHEN mode = 1 AND filename IS NULL THEN value ELSE 0 END FROM Cache WHERE key = ? AND raw = 1"
 """A row of another kind reads as 0, which no value of ours is."""
-_SETTINGS: dict[str, Any] = {
-    "statistics": 0,
-    "tag_index": 0,
-    "eviction_policy": "least-recently-stored",
-    "cull_limit": 10,
-    "sqlite_auto_vacuum": 1,
-    "sqlite_cache_size": 2**13,
-    "sqlite_journal_mode": "wal",
-    "sqlite_mmap_size": 0,  # a file cut short under a mapping kills the process (SIGBUS)
-    "sqlite_synchronous": 1,
-    "disk_min_file_size": 2**15,
-    "disk_pickle_protocol": 0,
-}
-_OWN_SETTINGS = frozenset({*_SETTINGS, "size_limit", "count", "size", "hits", "misses"})
-_PLAIN_SCHEMA = re.compile(
-    r"CREATE (?:TABLE|(?:UNIQUE )?INDEX) \w+(?: ON Cache)? ?\([\w ,]+\)"
-    r"|CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
-    r' UPDATE Settings SET value = value [+\-.\w ]+ WHERE key = "\w+"; END'
-)
-"""What diskcache creates. Anything else in a schema (views, functions in triggers) is somebody else's work."""
-
-
-class Corrupt(Exception):
-    """The database is not what we wrote."""
 
 
 class BadRow(Exception):
@@ -161,7 +137,7 @@ class Rows:
         self._directory = directory
         self._codec = codec
         _inspect(directory)
-        self._table: Any = _Table(str(directory), timeout=0, disk=BytesDisk, size_limit=max_bytes, **_SETTINGS)
+        self._table: Any = _Table(str(directory), timeout=0, disk=BytesDisk, size_limit=max_bytes, **SETTINGS)
 
     def get(self, key: bytes) -> Entry | None:
         """The entry of a key.
@@ -258,28 +234,12 @@ def _split(payload: bytes) -> tuple[str, bytes]:
 
 
 def _inspect(directory: Path) -> None:
-    """Look at a database before diskcache does, which believes every word of its Settings table and its schema."""
-    connection = sqlite3.connect(directory / DATABASE, timeout=_OPEN_TRIES * _OPEN_PAUSE_S, isolation_level=None)
+    connection = connect(directory, _OPEN_TRIES * _OPEN_PAUSE_S)
     try:
-        connection.execute("PRAGMA trusted_schema = OFF")
-        schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-        if not schema:
+        if not connection.execute("PRAGMA page_count").fetchone()[0]:
             # Set here, where a lock is an error at once; diskcache would try for a minute.
             connection.execute("PRAGMA auto_vacuum = 1")
         connection.execute("PRAGMA journal_mode = wal").fetchall()
-        for kind, name, sql in schema:
-            if sql is not None and not (isinstance(sql, str) and _PLAIN_SCHEMA.fullmatch(sql)):
-                raise Corrupt(f"unknown {kind} {name!r} in the schema")
-        if any(name == "Settings" for _, name, _ in schema):
-            _inspect_settings(connection)
+        inspect(connection)
     finally:
         connection.close()
-
-
-def _inspect_settings(connection: sqlite3.Connection) -> None:
-    rows = connection.execute("SELECT key, value FROM Settings LIMIT 100").fetchall()
-    for name, value in rows:
-        if name not in _OWN_SETTINGS or not (
-            type(value) is int or (type(value) is str and value.replace("-", "").isalpha())
-        ):
-            raise Corrupt("unknown settings")

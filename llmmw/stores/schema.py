@@ -1,0 +1,77 @@
+"""The database file as SQLite sees it: opened without making or following anything, believed only where it is ours."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+from llmmw.stores.place import DATABASE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SETTINGS: dict[str, Any] = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "least-recently-stored",
+    "cull_limit": 10,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 2**13,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,  # a file cut short under a mapping kills the process (SIGBUS)
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 2**15,
+    "disk_pickle_protocol": 0,
+}
+_OWN_SETTINGS = frozenset({*SETTINGS, "size_limit", "count", "size", "hits", "misses"})
+_PLAIN_SCHEMA = re.compile(
+    r"CREATE (?:TABLE|(?:UNIQUE )?INDEX) \w+(?: ON Cache)? ?\([\w ,]+\)"
+    r"|CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
+    r' UPDATE Settings SET value = value [+\-.\w ]+ WHERE key = "\w+"; END'
+)
+"""What diskcache creates. Anything else in a schema (views, functions in triggers) is somebody else's work."""
+
+
+class Corrupt(Exception):
+    """The database is not what we wrote."""
+
+
+def connect(directory: Path, timeout_s: float) -> sqlite3.Connection:
+    """A connection to an existing database that runs nothing it finds there; busy is an error after `timeout_s`.
+
+    Raises:
+        sqlite3.OperationalError: there is no database, or it cannot be opened.
+    """
+    path = (directory / DATABASE).absolute().as_uri() + "?mode=rw"  # a plain path would make a file of any mode
+    connection = sqlite3.connect(path, uri=True, timeout=timeout_s, isolation_level=None)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
+
+
+def inspect(connection: sqlite3.Connection) -> bool:
+    """Look at a database before diskcache does, which believes every word of its Settings table and its schema.
+
+    Returns whether its tables are there.
+
+    Raises:
+        Corrupt: the database holds something that neither we nor diskcache put there.
+        sqlite3.DatabaseError: it is no database.
+    """
+    schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    for kind, name, sql in schema:
+        if sql is not None and not (isinstance(sql, str) and _PLAIN_SCHEMA.fullmatch(sql)):
+            raise Corrupt(f"unknown {kind} {name!r} in the schema")
+    names = {name for _, name, _ in schema}
+    if "Settings" in names:
+        _inspect_settings(connection)
+    return {"Settings", "Cache"} <= names
+
+
+def _inspect_settings(connection: sqlite3.Connection) -> None:
+    rows = connection.execute("SELECT key, value FROM Settings LIMIT 100").fetchall()
+    for name, value in rows:
+        if name not in _OWN_SETTINGS or not (
+            type(value) is int or (type(value) is str and value.replace("-", "").isalpha())
+        ):
+            raise Corrupt("unknown settings")
