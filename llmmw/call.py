@@ -6,7 +6,7 @@ Neighbours: `context.py` holds who asks (its names are here too), `answer.py` re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping  # noqa: TC003 — help() and signature() evaluate them
+from collections.abc import AsyncIterator, Mapping  # noqa: TC003 — help() and signature() evaluate them
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -16,8 +16,8 @@ from llmmw.context import NO_CONTEXT, Context, Urgency, current_context, using
 from llmmw.errors import LLMMWError  # noqa: TC001 — likewise
 
 __all__ = [
-    "NO_CONTEXT", "Attempt", "Call", "Chunk", "Chunks", "Context", "Handler", "Item", "Outcome", "Reply",
-    "Source", "Urgency", "Usage", "current_context", "using",
+    "NO_CONTEXT", "Attempt", "Call", "Chunk", "Chunks", "Context", "Filling", "Handler", "Item", "Outcome",
+    "Reply", "Source", "Urgency", "Usage", "current_context", "using",
 ]  # fmt: skip
 
 Source = Literal["upstream", "cache", "coalesced", "batch"]
@@ -47,8 +47,8 @@ class Call(msgspec.Struct, frozen=True):
     """True where the endpoint must run with the caller's context variables (a user's function)."""
     key: bytes = b""
     """Sharing key set by the cache layer: calls of one key may have one answer; b"" means not shared."""
-    on_answer: Callable[[Reply], Reply] | None = None
-    """Set by the cache: whoever owns the upstream answer passes it through here, once, before anybody gets it."""
+    fill: Filling | None = None
+    """Set by the cache: whoever owns the upstream answer goes by it."""
     urgency: Urgency | None = None
     """Set by the coalescer on a flight's call; read it through `priority` and `deadline`."""
     connect_s: float | None = None
@@ -174,6 +174,26 @@ class Reply(msgspec.Struct, frozen=True):
     def replace(self, **changes: Any) -> Reply:
         """A copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
+
+
+class Filling(Protocol):
+    """The cache's half of one shared call; driven by whoever makes the call, and out of sight further inside."""
+
+    async def begin(self, lease_s: float | None) -> Reply | None:
+        """Before the call is made: an answer that turned up since the caller looked, or None.
+
+        Args:
+            lease_s: ask the other processes on the cache directory first, under a lease of so many seconds.
+        """
+        ...
+
+    def answered(self, reply: Reply) -> Reply:
+        """Store what came, or record a stream while it is read; never raises. Exactly one of this and `failed`."""
+        ...
+
+    def failed(self) -> None:
+        """Nothing came."""
+        ...
 
 
 class Handler(Protocol):

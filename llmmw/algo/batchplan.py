@@ -105,7 +105,7 @@ def joint_call(calls: Sequence[Call]) -> Call:
         context=context,
         urgency=None,
         key=b"",
-        on_answer=None,
+        fill=None,
     )
 
 

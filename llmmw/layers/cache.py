@@ -137,7 +137,9 @@ class BoundCache(Bound):
         self._reads = mode in {"on", "read"}
         self._store = store
         self._sharing = Sharing(settings.sampling, remote_content=settings.remote_content)
-        self._filler = Filler(inner, env, settings, store, self._sharing, stores=mode in {"on", "write"})
+        self._filler = Filler(
+            inner, env, settings, store, self._sharing, reads=self._reads, stores=mode in {"on", "write"}
+        )
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer from the cache, or ask inside and keep the answer."""

@@ -35,13 +35,22 @@ class Filler:
     """Asks inside and stores what may be stored, under the settings of one cache."""
 
     def __init__(
-        self, inner: Handler, env: Env, settings: TTLCache, store: TieredStore, sharing: Sharing, *, stores: bool
+        self,
+        inner: Handler,
+        env: Env,
+        settings: TTLCache,
+        store: TieredStore,
+        sharing: Sharing,
+        *,
+        reads: bool,
+        stores: bool,
     ) -> None:
         self.inner = inner
         self.env = env
         self.settings = settings
         self.store = store
         self.sharing = sharing
+        self.reads = reads
         self._stores = stores
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
@@ -80,7 +89,7 @@ class Filler:
         """
         fill = Fill(self, call, draw)
         try:
-            reply = await self.inner(call.replace(key=draw.key, on_answer=fill.answered))
+            reply = await self.inner(call.replace(key=draw.key, fill=fill))
         except BaseException as error:
             self.sharing.give_back(draw)
             found = self._instead(call, stale, error) if isinstance(error, Exception) else None
@@ -151,9 +160,9 @@ class Filler:
         task.add_done_callback(lambda _: self._refreshes.pop(draw.key, None))
 
     async def _refresh(self, call: Call, draw: Draw) -> None:
-        fill = Fill(self, call, draw)
+        fill = Fill(self, call, draw, renews=True)
         try:
-            reply = await self.inner(call.replace(key=draw.key, on_answer=fill.answered))
+            reply = await self.inner(call.replace(key=draw.key, fill=fill))
             if not fill.done and reply.source != "coalesced":
                 reply = fill.answered(reply)
             if reply.chunks is not None:
@@ -178,12 +187,32 @@ class Filler:
 class Fill:
     """One answer on its way into the cache."""
 
-    def __init__(self, filler: Filler, call: Call, draw: Draw) -> None:
+    def __init__(self, filler: Filler, call: Call, draw: Draw, *, renews: bool = False) -> None:
         self._filler = filler
         self._call = call
         self._draw = draw
+        self._looks = filler.reads and not renews
         self._since = filler.store.generation
         self.done = False
+
+    async def begin(self, lease_s: float | None) -> Reply | None:
+        """The answer, where another flight stored it between its caller's look and now."""
+        del lease_s
+        return self._found(self._filler.store.peek(self._draw.key)) if self._looks else None
+
+    def _found(self, resident: Resident | None) -> Reply | None:
+        filler, call = self._filler, self._call
+        if resident is None or filler.is_shut(call.namespace) or filler.state_of(resident) not in {"fresh", "due"}:
+            return None
+        reply = play_entry(resident.entry, call)
+        if reply is not None:
+            self.done = True
+            header = resident.entry.header
+            filler.env.emit(CacheHit("memory", header.usage, header.cost_s, agent=call.context.agent))
+        return reply
+
+    def failed(self) -> None:
+        """Nothing came, so there is nothing to store."""
 
     def answered(self, reply: Reply) -> Reply:
         """Store a whole answer, or record a stream while it is read. Called once, by whoever owns the answer."""

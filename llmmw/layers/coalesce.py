@@ -3,10 +3,10 @@
 A *flight* is a task of the engine that makes the call once for all who wait. Nobody's cancellation or deadline
 reaches it: a caller waits on a future of its own, and only when the last one has gone is the flight cancelled.
 
-Together with the cache outside (which sets `call.key` and `call.on_answer`): the flight passes the upstream's
-answer through `on_answer` before it leaves the table and before anybody wakes. So there is one store per flight,
-also when nobody waits any more, and no gap in which a newcomer finds neither the flight nor the entry. The cache
-stores no reply whose source is "coalesced".
+Together with the cache outside (which sets `call.key` and `call.fill`): the flight looks into the cache once more
+before it sends, and hands the upstream's answer to `fill` before it leaves the table and before anybody wakes. So
+there is one store per flight, also when nobody waits any more, and no gap in which a newcomer finds neither the flight
+nor the entry. The cache stores no reply whose source is "coalesced".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llmmw.stream.copies import NotCopyable, own_error, own_reply
 from llmmw.stream.tee import Tee
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Chunks, Handler, Reply
+    from llmmw.call import Call, Chunks, Filling, Handler, Reply
     from llmmw.env import Env
     from llmmw.layers.flight import Key, Landed
 
@@ -219,9 +219,7 @@ class BoundCoalescer(Bound):
     async def _fly(self, flight: Flight) -> None:
         call = flight.call
         try:
-            reply = await self.inner(call.replace(urgency=flight.urgency, on_answer=None))
-            if call.on_answer is not None:
-                reply = call.on_answer(reply)
+            reply = await self._obtain(call.replace(urgency=flight.urgency, fill=None), call.fill)
             if reply.chunks is None:
                 self._land(flight, reply)
             else:
@@ -232,6 +230,19 @@ class BoundCoalescer(Bound):
             if not isinstance(error, Exception) and not flight.alive():
                 raise
             self._land(flight, error)
+
+    async def _obtain(self, call: Call, fill: Filling | None) -> Reply:
+        if fill is None:
+            return await self.inner(call)
+        found = await fill.begin(None)
+        if found is not None:
+            return found
+        try:
+            reply = await self.inner(call)
+        except BaseException:
+            fill.failed()
+            raise
+        return fill.answered(reply)
 
     async def _stream(self, flight: Flight, reply: Reply, chunks: Chunks) -> None:
         """Hand a reader to everybody who waits, then read for all of them."""
@@ -263,7 +274,7 @@ class BoundCoalescer(Bound):
             if flight.leader not in alive:
                 flight.leader = alive[0]
                 elected = flight.waiters[alive[0]]
-                flight.call = elected.replace(on_answer=elected.on_answer or flight.call.on_answer)
+                flight.call = elected.replace(fill=elected.fill or flight.call.fill)
             self._launch(flight)
 
     def _land(self, flight: Flight, outcome: Reply | BaseException) -> None:

@@ -521,8 +521,8 @@ async def test_inner_layers_get_the_key_and_where_the_answer_goes(clock):
     await rig()
     first, second = rig.upstream.calls
     assert (len(first.key), second.key) == (32, b"")
-    assert first.on_answer is not None
-    assert second.on_answer is None
+    assert first.fill is not None
+    assert second.fill is None
 
 
 @manual_time
@@ -530,7 +530,7 @@ async def test_an_answer_is_stored_once_by_whoever_owns_it(clock):
     answers = []
 
     async def flight(call):
-        answers.append(call.on_answer(ok("first")))
+        answers.append(call.fill.answered(ok("first")))
         return answers[0].replace(source="coalesced")
 
     told = []

@@ -39,6 +39,19 @@ def bind(clock, inner, events=None, **options):
     return Coalescer(**options).bind(inner, Env(clock=clock, sinks=() if events is None else (events.append,)))
 
 
+class Fill:
+    """A cache's half of a call, of which a test only wants to see the store."""
+
+    def __init__(self, answered):
+        self.answered = answered
+
+    async def begin(self, lease_s):
+        return None
+
+    def failed(self):
+        pass
+
+
 def same(prompt="hello", **fields):
     """A call that may be shared."""
     return chat_call(prompt, temperature=0, **fields)
@@ -222,13 +235,13 @@ async def test_orphans_are_finished_and_stored_where_that_is_wanted(clock):
     upstream = FakeUpstream(latency_s=5)
     coalescer = bind(clock, upstream, finish_orphans=True)
     stored = []
-    (gone,) = start(coalescer, same().replace(on_answer=lambda reply: stored.append(reply) or reply))
+    (gone,) = start(coalescer, same().replace(fill=Fill(lambda reply: stored.append(reply) or reply)))
     await asyncio.sleep(1)
     gone.cancel()
     await asyncio.sleep(1)
     assert (await coalescer(same())).source == "coalesced"
     assert (len(upstream.calls), upstream.cancelled, len(stored)) == (1, 0, 1)
-    (gone,) = start(coalescer, same().replace(on_answer=lambda reply: stored.append(reply) or reply))
+    (gone,) = start(coalescer, same().replace(fill=Fill(lambda reply: stored.append(reply) or reply)))
     await asyncio.sleep(1)
     gone.cancel()
     await asyncio.sleep(10)
@@ -268,7 +281,7 @@ async def test_a_flight_cancelled_before_it_began_is_made_anew(clock):
     coalescer = bind(clock, upstream)
     stores = []
     leader, follower = (
-        asyncio.create_task(coalescer(same().replace(on_answer=lambda reply, n=n: stores.append(n) or reply)))
+        asyncio.create_task(coalescer(same().replace(fill=Fill(lambda reply, n=n: stores.append(n) or reply))))
         for n in range(2)
     )
     await asyncio.sleep(0)
@@ -444,12 +457,12 @@ async def test_the_answer_is_passed_through_the_cache_once_before_anybody_wakes(
         return reply.replace(endpoint="seen")
 
     async def caller():
-        reply = await coalescer(same().replace(key=b"k", on_answer=store))
+        reply = await coalescer(same().replace(key=b"k", fill=Fill(store)))
         log.append(reply.endpoint)
 
     await asyncio.gather(*(caller() for _ in range(3)))
     assert log == ["stored", "seen", "seen", "seen"]
-    assert coalescer.inner.calls[0].on_answer is None
+    assert coalescer.inner.calls[0].fill is None
 
 
 # ── contexts, urgency, re-entrancy ──────────────────────────────────────────────────────────────────────────────────
@@ -829,6 +842,30 @@ async def test_a_flight_is_stored_once_and_before_it_leaves_the_table(clock):
     found = (await outcomes(tasks))[1:]
     assert len(upstream.calls) == stores(events) == 1
     assert set(found) == {"coalesced", "cache"}
+    await assert_empty(coalescer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@manual_time
+async def test_a_caller_overtaken_on_its_way_from_the_cache_finds_the_answer_there(clock, stream):
+    """Between the look into the cache and the flight may lie a slow disk, or a layer of somebody's own."""
+    upstream, events, delays = FakeUpstream(latency_s=1), [], [0, 5]
+
+    async def slow(call):
+        await asyncio.sleep(delays.pop(0))
+        return await coalescer(call)
+
+    coalescer = bind(clock, upstream)
+    cache = TTLCache(300).bind(slow, Env(clock=clock, sinks=(events.append,)))
+
+    async def ask():
+        reply = await cache(same(stream=stream))
+        return reply.source, b"".join(await read(reply)) if stream else reply.data
+
+    (one, first), (other, second) = await asyncio.gather(ask(), ask())
+    assert (one, other) == ("upstream", "cache")
+    assert first == second
+    assert len(upstream.calls) == stores(events) == 1
     await assert_empty(coalescer)
 
 
