@@ -268,7 +268,7 @@ class Recorder:
             filler.sharing.give_back(self._draw)
         if chunks is None:
             return
-        finished = end.how == "finished" or (end.how == "closed" and is_whole(self._call.op, chunks))
+        finished = end.how == "finished" or (end.how != "failed" and is_whole(self._call.op, chunks))
         took = filler.env.clock.monotonic() - self._began
         try:
             if not finished:

@@ -882,6 +882,31 @@ async def test_a_shared_stream_is_stored_once_also_when_its_leader_left(clock):
     await assert_empty(coalescer)
 
 
+class EndsLate(ScriptedChunks):
+    """After the terminator the connection stays open for a while, as behind some proxies."""
+
+    async def __anext__(self):
+        try:
+            return await super().__anext__()
+        except StopAsyncIteration:
+            await asyncio.sleep(100)
+            raise
+
+
+@manual_time
+async def test_an_answer_that_arrived_is_stored_although_all_readers_leave_at_its_terminator(clock):
+    upstream, events = FakeUpstream([Reply(chunks=EndsLate(chat_chunks("one two")))]), []
+    cache, coalescer = cached(clock, upstream, events)
+    replies = await asyncio.gather(*(cache(same(stream=True)) for _ in range(3)))
+    for reply in replies:
+        async for chunk in reply.chunks:
+            if chunk == b"data: [DONE]\n\n":
+                break
+        await reply.chunks.aclose()
+    await assert_empty(coalescer)
+    assert (stores(events), (await cache(same(stream=True))).source) == (1, "cache")
+
+
 @manual_time
 async def test_after_an_invalidation_a_shared_sample_is_asked_for_anew(clock):
     upstream, events = FakeUpstream(latency_s=2, numbered=True), []
