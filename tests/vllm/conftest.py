@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections import Counter
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +154,26 @@ class VLLM:
         async with asyncio.timeout(PATIENCE_S):
             while await asyncio.to_thread(load) < requests:
                 await asyncio.sleep(0.02)
+
+    @asynccontextmanager
+    async def full(self, places: int):
+        """Long answers hold every place, so that a newcomer is refused; one that ends is followed by another."""
+        body = self.long_question("holds a place", n=1)
+        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+        async def hold(client: httpx.AsyncClient) -> None:
+            while True:
+                await client.post(self.url + "/chat/completions", json=body, headers=headers)
+
+        async with httpx.AsyncClient(timeout=None, trust_env=False, verify=False) as client:
+            holders = [asyncio.create_task(hold(client)) for _ in range(places)]
+            try:
+                await asyncio.to_thread(self.wait_until, lambda now: now["running"] == places, "all places held")
+                yield
+            finally:
+                for holder in holders:
+                    holder.cancel()
+                await asyncio.gather(*holders, return_exceptions=True)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ MOVE = {
 }
 THIS_TOOL = {"type": "function", "function": {"name": "move"}}
 QUEUE = 4
-"""What may arrive at once: the server counts a newcomer as waiting even where a slot is free."""
+"""What the server takes at all: its queue cap counts the requests that run, too."""
 
 
 def crowd(small, text, n=24):
@@ -83,8 +83,8 @@ async def test_a_hit_is_not_for_another_key(small, stack):
 
 
 async def test_a_full_queue_refuses_with_503(small):
-    async with Client(small.url, small.api_key, stack=Stack(Timeout(60))) as client:
-        outcomes = await client.map(crowd(small, "refused"))
+    async with small.full(QUEUE), Client(small.url, small.api_key, stack=Stack(Timeout(60))) as client:
+        outcomes = await client.map(crowd(small, "refused", 3))
     refused = [outcome.error for outcome in outcomes if not outcome.ok]
     assert refused
     assert all(isinstance(error, StatusError) for error in refused)
@@ -93,17 +93,16 @@ async def test_a_full_queue_refuses_with_503(small):
 
 
 async def test_a_full_queue_is_the_sdks_own_error(small):
-    async with openai.AsyncOpenAI(
-        base_url=small.url, api_key=small.api_key, max_retries=0, http_client=llmmw.httpx2_client(Stack())
-    ) as sdk:
-        answers = await asyncio.gather(
-            *(sdk.chat.completions.create(**small.for_sdk(body)) for body in crowd(small, "sdk refused")),
-            return_exceptions=True,
-        )
-    refused = [answer for answer in answers if isinstance(answer, Exception)]
-    assert refused
-    assert {type(error) for error in refused} == {openai.InternalServerError}
-    assert {(error.status_code, error.body["type"]) for error in refused} == {(503, "Service Unavailable")}
+    body = small.for_sdk(small.question("sdk refused"))
+    async with (
+        small.full(QUEUE),
+        openai.AsyncOpenAI(
+            base_url=small.url, api_key=small.api_key, max_retries=0, http_client=llmmw.httpx2_client(Stack())
+        ) as sdk,
+    ):
+        with pytest.raises(openai.InternalServerError) as caught:
+            await sdk.chat.completions.create(**body)
+    assert (caught.value.status_code, caught.value.body["type"]) == (503, "Service Unavailable")
 
 
 async def test_a_limiter_keeps_the_queue_from_filling(small):
@@ -119,11 +118,14 @@ async def test_a_limiter_keeps_the_queue_from_filling(small):
 async def test_a_retry_outlasts_a_full_queue(small):
     stack = Stack(Retry(attempts=20, backoff=0.5, max_backoff=2), Timeout(60))
     async with Client(small.url, small.api_key, stack=stack) as client:
-        outcomes = await client.map(crowd(small, "retried"))
+        async with small.full(QUEUE), asyncio.timeout(60):
+            calls = asyncio.create_task(client.map(crowd(small, "retried", 3)))
+            while not client.get_performance_stats()["retries"]:
+                await asyncio.sleep(0.02)
+        outcomes = await calls
         stats = client.get_performance_stats()
     assert all(outcome.ok for outcome in outcomes)
-    assert stats["retries"] > 0
-    assert stats["upstream_requests"] == 24 + stats["retries"]
+    assert stats["upstream_requests"] == 3 + stats["retries"]
 
 
 async def test_a_crowd_with_one_question_fits_any_queue(small):
