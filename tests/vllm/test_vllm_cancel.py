@@ -131,7 +131,7 @@ async def test_the_timeout_layer_aborts_and_says_so(vllm):
 async def test_the_timeout_layer_ends_a_stream_that_has_begun(vllm):
     before = await vllm.idle()
     pieces = []
-    async with Client(vllm.url, stack=Stack(Timeout(2))) as client:
+    async with Client(vllm.url, stack=Stack(Timeout(5))) as client:
         with pytest.raises(llmmw.UpstreamError):
             async for piece in client.stream(**vllm.long_question("timed out stream")):
                 pieces.append(piece)
