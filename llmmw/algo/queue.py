@@ -1,15 +1,15 @@
-"""Who is next: priority, fair shares between flows, first come first served within a flow, and nobody starves.
+"""Who is next: priority, fair shares between tenants and between agents, first come first served, nobody starves.
 
 Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996): each flow carries a virtual start time that advances
 by 1/weight per grant, and a flow that was idle starts at the present virtual time, so it neither saves up shares
-nor waits behind another flow's backlog. Pushing, taking and removing are O(log n).
+nor waits behind another flow's backlog. It applies twice: between tenants, and between the agents of one tenant.
+Pushing, taking and removing are O(log n).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import OrderedDict
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Flow = str | tuple[str, str]
+"""Who shares: an agent (or whoever is without one), or a tenant and an agent of his."""
+
 _AGED_TURN = 8
 """Past the age bound, every eighth grant goes to whoever waits longest: a queue that is always over the bound would
 otherwise lose its priorities altogether."""
 _LOOK_AHEAD = 8
 """How many smaller ones are tried while a large head waits for tokens."""
 _MAX_REMEMBERED = 1024
+_MAX_COUNTED = 64
+"""More priorities than this are not added up for `ahead`, which then tells less than it could."""
 
 
 class Entry(Generic[T]):
@@ -31,7 +36,7 @@ class Entry(Generic[T]):
 
     __slots__ = ("arrived", "flow", "item", "priority", "returned", "seq")
 
-    def __init__(self, item: T, priority: int, flow: str, arrived: float, seq: int, *, returned: bool) -> None:
+    def __init__(self, item: T, priority: int, flow: Flow, arrived: float, seq: int, *, returned: bool) -> None:
         self.item = item
         self.priority = priority
         self.flow = flow
@@ -40,13 +45,14 @@ class Entry(Generic[T]):
         self.returned = returned
 
 
-class _Flow(Generic[T]):
+class _Line(Generic[T]):
+    """First come first served; who had been served in vain and came back goes before."""
+
     __slots__ = ("entries", "returned", "start", "weight")
 
     def __init__(self, start: float, weight: float) -> None:
         self.entries: OrderedDict[int, Entry[T]] = OrderedDict()
         self.returned: OrderedDict[int, Entry[T]] = OrderedDict()
-        """Who had been served and came back; goes first."""
         self.start = start
         self.weight = weight
 
@@ -56,49 +62,94 @@ class _Flow(Generic[T]):
     def __iter__(self) -> Iterator[Entry[T]]:
         return chain(self.returned.values(), self.entries.values())
 
+    def first(self) -> Entry[T]:
+        return next(iter(self.returned.values() if self.returned else self.entries.values()))
 
-class _Class(Generic[T]):
-    """The flows of one priority."""
+    def add(self, entry: Entry[T], path: tuple[str, ...], weights: Mapping[str, float]) -> None:
+        del path, weights
+        (self.returned if entry.returned else self.entries)[entry.seq] = entry
 
-    __slots__ = ("_finished", "_heap", "_order", "_virtual", "flows")
+    def drop(self, entry: Entry[T], path: tuple[str, ...], *, served: bool) -> None:
+        del path, served
+        del (self.returned if entry.returned else self.entries)[entry.seq]
 
-    def __init__(self) -> None:
-        self.flows: dict[str, _Flow[T]] = {}
-        self._heap: list[tuple[float, int, _Flow[T]]] = []
+    def behind(self, path: tuple[str, ...]) -> int:
+        del path
+        return len(self)
+
+
+class _Shared(Generic[T]):
+    """Flows that take turns by their weights; a flow is a line, or flows again."""
+
+    __slots__ = ("_finished", "_flows", "_heap", "_order", "_size", "_virtual", "start", "weight")
+
+    def __init__(self, start: float = 0.0, weight: float = 1.0) -> None:
+        self.start = start
+        self.weight = weight
+        self._flows: dict[tuple[str, int], _Line[T] | _Shared[T]] = {}
+        self._heap: list[tuple[float, int, _Line[T] | _Shared[T]]] = []
+        """One place per flow. Its start may have advanced since: that is mended when the place comes to the top."""
         self._order = count()
+        self._size = 0
         self._virtual = 0.0
-        self._finished: dict[str, float] = {}
+        self._finished: dict[tuple[str, int], float] = {}
 
-    def add(self, entry: Entry[T], weight: float) -> None:
-        flow = self.flows.get(entry.flow)
-        if flow is None:
-            start = max(self._virtual, self._finished.pop(entry.flow, 0.0))
-            flow = self.flows[entry.flow] = _Flow(start, weight)
-            heappush(self._heap, (start, next(self._order), flow))
-        (flow.returned if entry.returned else flow.entries)[entry.seq] = entry
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        """Entries of the flows whose turn is next, as far as the top of the heap tells."""
+        near = [flow for _, _, flow in self._heap[: 2 * _LOOK_AHEAD] if len(flow)]
+        near.sort(key=lambda flow: flow.start)
+        return chain.from_iterable(islice(flow, _LOOK_AHEAD) for flow in near)
 
     def first(self) -> Entry[T]:
         heap = self._heap
-        while not heap[0][2] or heap[0][0] != heap[0][2].start:
-            heappop(heap)
-        return next(iter(heap[0][2]))
+        while True:
+            start, _, flow = heap[0]
+            if not len(flow):
+                heappop(heap)
+            elif flow.start != start:
+                heapreplace(heap, (flow.start, next(self._order), flow))
+            else:
+                return flow.first()
 
-    def drop(self, entry: Entry[T], *, served: bool) -> None:
-        flow = self.flows[entry.flow]
-        del (flow.returned if entry.returned else flow.entries)[entry.seq]
+    def add(self, entry: Entry[T], path: tuple[str, ...], weights: Mapping[str, float]) -> None:
+        name, rest = path[0], path[1:]
+        key = (name, len(path))  # an agent may be called like a tenant
+        flow = self._flows.get(key)
+        if flow is None:
+            start = max(self._virtual, self._finished.pop(key, 0.0))
+            make = _Shared[T] if rest else _Line[T]
+            flow = self._flows[key] = make(start, weights.get(name, 1.0))
+            if len(self._heap) > 2 * len(self._flows) + _LOOK_AHEAD:  # flows that came and went
+                self._heap = [place for place in self._heap if len(place[2])]
+                heapify(self._heap)
+            heappush(self._heap, (start, next(self._order), flow))
+        flow.add(entry, rest, weights)
+        self._size += 1
+
+    def drop(self, entry: Entry[T], path: tuple[str, ...], *, served: bool) -> None:
+        key = (path[0], len(path))
+        flow = self._flows[key]
+        flow.drop(entry, path[1:], served=served)
+        self._size -= 1
         if served:
             self._virtual = max(self._virtual, flow.start)
             flow.start += 1 / flow.weight
-            if flow:
-                heappush(self._heap, (flow.start, next(self._order), flow))
-        if not flow:
-            del self.flows[entry.flow]
+        if not len(flow):
+            del self._flows[key]
             if flow.start > self._virtual:
-                self._remember(entry.flow, flow.start)
+                self._remember(key, flow.start)
 
-    def _remember(self, name: str, start: float) -> None:
+    def behind(self, path: tuple[str, ...]) -> int:
+        """How many stand in the line where a waiter with this path would join."""
+        flow = self._flows.get((path[0], len(path)))
+        return 0 if flow is None else flow.behind(path[1:])
+
+    def _remember(self, key: tuple[str, int], start: float) -> None:
         """A flow that comes back at once must not skip the share it has just used."""
-        self._finished[name] = start
+        self._finished[key] = start
         if len(self._finished) > _MAX_REMEMBERED:
             kept = {flow: tag for flow, tag in self._finished.items() if tag > self._virtual}
             self._finished = kept if len(kept) <= _MAX_REMEMBERED // 2 else {}
@@ -108,16 +159,17 @@ class FairQueue(Generic[T]):
     """Waiters in the order in which they are to be served.
 
     Args:
-        weights: share of a flow against the others of its priority; flows not named weigh 1.
+        weights: share of a tenant or agent against the others of its priority; who is not named weighs 1.
         age_bound: seconds after which a waiter may no longer be passed by smaller ones of its priority, and after
             which the longest waiter takes every eighth grant whatever its priority.
     """
 
     def __init__(self, *, weights: Mapping[str, float] | None = None, age_bound: float = 10.0) -> None:
-        self._weights = weights or {}
-        self._age_bound = age_bound
-        self._classes: dict[int, _Class[T]] = {}
+        self.weights = weights or {}
+        self.age_bound = age_bound
+        self._classes: dict[int, _Shared[T]] = {}
         self._priorities: list[int] = []
+        """A heap; it may name priorities that nobody has any more."""
         self._arrivals: OrderedDict[int, Entry[T]] = OrderedDict()
         self._seq = count()
         self._since_aged = 0
@@ -129,7 +181,7 @@ class FairQueue(Generic[T]):
         """All waiters, in order of arrival."""
         return iter(list(self._arrivals.values()))
 
-    def push(self, item: T, *, priority: int, flow: str, now: float, since: float | None = None) -> Entry[T]:
+    def push(self, item: T, *, priority: int, flow: Flow, now: float, since: float | None = None) -> Entry[T]:
         """Add a waiter; the entry is the handle for `take`, `remove` and `move`.
 
         One that was served in vain and comes back tells `since` when it has waited; it goes before its flow.
@@ -148,17 +200,18 @@ class FairQueue(Generic[T]):
             return None
         if self._since_aged >= _AGED_TURN - 1:
             oldest = next(iter(self._arrivals.values()))
-            if now - oldest.arrived > self._age_bound:
+            if now - oldest.arrived > self.age_bound:
                 return oldest
-        return self._classes[self._priorities[0]].first()
+        classes, priorities = self._classes, self._priorities
+        while priorities[0] not in classes:
+            heappop(priorities)
+        return classes[priorities[0]].first()
 
     def passing(self, head: Entry[T], now: float) -> Iterator[Entry[T]]:
         """A few others of the head's priority that may go before it while it waits for many tokens."""
-        if now - head.arrived > self._age_bound:
+        if now - head.arrived > self.age_bound:
             return
-        flows = self._classes[head.priority].flows.values()
-        others = (entry for flow in flows for entry in islice(flow, _LOOK_AHEAD))
-        yield from islice((entry for entry in others if entry is not head), _LOOK_AHEAD)
+        yield from islice((entry for entry in self._classes[head.priority] if entry is not head), _LOOK_AHEAD)
 
     def take(self, entry: Entry[T]) -> None:
         """Serve this waiter: it leaves the queue and its flow pays for the grant."""
@@ -181,28 +234,30 @@ class FairQueue(Generic[T]):
             entry.priority = priority
             self._place(entry)
 
-    def ahead(self, priority: int, flow: str) -> int:
-        """How many grants at least come before a waiter that joins this flow now (aged turns left out)."""
-        own = self._classes.get(priority)
-        before = sum(
-            len(line)
-            for level in self._priorities[: bisect_left(self._priorities, priority)]
-            for line in self._classes[level].flows.values()
-        )
-        if own is None or flow not in own.flows:
-            return before
-        return before + len(own.flows[flow])
+    def ahead(self, priority: int, flow: Flow) -> int:
+        """How many grants at least come before a waiter that joins this flow now."""
+        own, classes = self._classes.get(priority), self._classes
+        few = len(classes) <= _MAX_COUNTED
+        before = sum(len(line) for level, line in classes.items() if level < priority) if few else 0
+        return before if own is None else before + own.behind(_path(flow))
 
     def _place(self, entry: Entry[T]) -> None:
         level = self._classes.get(entry.priority)
         if level is None:
-            level = self._classes[entry.priority] = _Class()
-            insort(self._priorities, entry.priority)
-        level.add(entry, self._weights.get(entry.flow, 1.0))
+            level = self._classes[entry.priority] = _Shared()
+            if len(self._priorities) > 2 * len(self._classes) + _LOOK_AHEAD:
+                self._priorities = list(self._classes)
+                heapify(self._priorities)
+            else:
+                heappush(self._priorities, entry.priority)
+        level.add(entry, _path(entry.flow), self.weights)
 
     def _withdraw(self, entry: Entry[T], *, served: bool) -> None:
         level = self._classes[entry.priority]
-        level.drop(entry, served=served)
-        if not level.flows:
+        level.drop(entry, _path(entry.flow), served=served)
+        if not len(level):
             del self._classes[entry.priority]
-            del self._priorities[bisect_left(self._priorities, entry.priority)]
+
+
+def _path(flow: Flow) -> tuple[str, ...]:
+    return (flow,) if isinstance(flow, str) else flow
