@@ -15,6 +15,7 @@ from llmmw.settings import accepting, instance, texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from pathlib import Path
 
     from llmmw.call import Handler
     from llmmw.edges.function import Wrapped
@@ -173,6 +174,11 @@ class Stack:
     def __repr__(self) -> str:
         allow = f", allow={self._allow!r}" if self._allow else ""
         return f"Stack({', '.join(map(repr, self._layers))}{allow})"
+
+    @property
+    def cache_directory(self) -> Path | None:
+        """Where its cache keeps answers on disk, or None: the place of the secret behind namespaces."""
+        return getattr(self[Role.CACHE], "place", None) if Role.CACHE in self else None
 
     # ── changing (into a new stack) ─────────────────────────────────────────────────────────────────────────────
 

@@ -37,7 +37,7 @@ class ClientBase:
         stack: the layers; `Stack.recommended()` by default (no cache: caching is your choice).
         model: used where a call names none.
         headers: sent with every request.
-        tenant: whose answers may be shared; by default everybody's with the same API key.
+        tenant: whose answers may be shared; by default everybody's with the same credential.
         pool: connection settings.
         allow_hosts: hosts that would otherwise be refused (link-local and cloud metadata addresses).
         env: clock, randomness and sinks, for tests.
@@ -69,7 +69,7 @@ class ClientBase:
         endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
         self.engine: Engine = self.stack.bind(endpoint, env=env)
         self.requests = RequestBuilder(
-            target=endpoint.name, credential=api_key, stack=self.stack, model=model, tenant=tenant
+            target=endpoint.name, asker=endpoint.asker, stack=self.stack, model=model, tenant=tenant
         )
 
     def get_performance_stats(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from llmmw.codec import Codec, Undecodable
 from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
 from llmmw.errors import ConfigError
 from llmmw.keys.code import code_digest
+from llmmw.keys.identity import namespace_of
 from llmmw.settings import accepting, instance, texts
 from llmmw.stack import Stack
 
@@ -137,7 +138,7 @@ class FunctionEdge:
             context,
             Invocation(args, kwargs),
             self.name,
-            context.tenant or "",
+            "" if context.tenant is None else namespace_of(context.tenant),
             self._variant,
             inherits_context=True,
         )

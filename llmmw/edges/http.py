@@ -28,8 +28,7 @@ from llmmw.edges.outcome import Answer, answer_of, failure_of
 from llmmw.endpoints.anywhere import Patient, TimedRequest
 from llmmw.env import disabled
 from llmmw.events import Warned
-from llmmw.keys import VARIANT_HEADERS
-from llmmw.keys.identity import Namespaces
+from llmmw.keys.identity import Namespaces, asker_of
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.wire import HOP_BY_HOP, PATHS, op_of
@@ -47,10 +46,6 @@ if TYPE_CHECKING:
     from llmmw.wire import Headers
 
 
-CREDENTIALS = frozenset({
-    "authorization", "x-api-key", "api-key", "x-goog-api-key", "openai-organization", "openai-project",
-})  # fmt: skip
-"""Headers that say who asks; the last two choose an account within a credential."""
 _NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "accept-encoding"}
 """The pool writes its own."""
 _DECODER = msgspec.json.Decoder(dict[str, Any])
@@ -112,8 +107,7 @@ class HTTPEdge:
     def __init__(self, stack: Stack, endpoint: Endpoint, env: Env | None = None) -> None:
         self.engine: Engine = stack.bind(Patient(endpoint), env=env)
         self._retries = Role.RETRY in stack and not disabled()
-        directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
-        self._namespaces = Namespaces(directory)
+        self._namespaces = Namespaces(stack.cache_directory)
         self._places: dict[str, Place] = {}
         self._heads: dict[tuple[tuple[bytes, bytes], ...], Head] = {}
         self._warned = False
@@ -161,10 +155,11 @@ class HTTPEdge:
 
     def _read(self, sent: tuple[tuple[bytes, bytes], ...]) -> Head:
         decoded = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in sent]
+        asker = asker_of(decoded)
         head = Head(
             tuple(pair for pair in decoded if pair[0] not in _NOT_FORWARDED),
-            tuple(sorted(pair for pair in decoded if pair[0] in VARIANT_HEADERS)),
-            "".join(f"\n{name}: {value}" for name, value in decoded if name in CREDENTIALS),
+            asker.variant,
+            asker.credential,
             any(name == "x-stainless-retry-count" and value != "0" for name, value in decoded),
         )
         if len(self._heads) >= _REMEMBERED:
@@ -179,14 +174,8 @@ class HTTPEdge:
         op = op_of(parts.path)
         known = op in PATHS
         prefix = parts.path.rstrip("/").removesuffix(PATHS[op]) if known else ""
-        query = parse_qsl(parts.query, keep_blank_values=True)
-        place = Place(
-            op,
-            known,
-            origin_of(parts) + prefix,
-            tuple(sorted((f"?{name}", value) for name, value in query if name != "key")),
-            "\n".join(f"?key={value}" for name, value in query if name == "key"),
-        )
+        asker = asker_of(query=parse_qsl(parts.query, keep_blank_values=True))
+        place = Place(op, known, origin_of(parts) + prefix, asker.variant, asker.credential)
         self._places[url] = place
         return place
 

@@ -11,8 +11,7 @@ from llmmw.call import Call, Context, Reply, current_context
 from llmmw.env import ambient_clock
 from llmmw.errors import ConfigError
 from llmmw.fault import error_of
-from llmmw.keys.identity import Namespaces
-from llmmw.order import Role
+from llmmw.keys.identity import Asker, Namespaces, asker_of
 from llmmw.settings import seconds
 from llmmw.wire.sse import SSEParser
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
     from llmmw.call import Chunk
     from llmmw.stack import Stack
-
-_ANSWER_HEADERS = frozenset({"anthropic-version", "anthropic-beta", "openai-beta", "openai-organization"})
-"""Request headers that may change the answer, hence part of the cache key."""
 
 _NO_HEADERS: tuple[tuple[str, str], ...] = ()
 
@@ -78,21 +74,18 @@ class RequestBuilder:
 
     Args:
         target: the endpoint's identity.
-        credential: what namespaces are derived from.
+        asker: what the endpoint's own headers and query say about every answer.
         stack: tells where the cache (and so the namespace secret) lives.
         model: used where a call names none.
         tenant: takes the credential's place in the namespace.
     """
 
-    def __init__(
-        self, *, target: str, credential: str | None, stack: Stack, model: str | None, tenant: str | None
-    ) -> None:
+    def __init__(self, *, target: str, asker: Asker, stack: Stack, model: str | None, tenant: str | None) -> None:
         self._target = target
-        self._credential = credential
+        self._asker = asker
         self._model = model
         self._tenant = tenant
-        directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
-        self._namespaces = Namespaces(directory)
+        self._namespaces = Namespaces(stack.cache_directory)
 
     def chat(self, model: str | None, messages: object, fields: dict[str, Any], *, stream: bool = False) -> Call:
         """A chat call; a plain string becomes one user message."""
@@ -141,9 +134,19 @@ class RequestBuilder:
         if stream:
             body["stream"] = True
             body.setdefault("stream_options", {"include_usage": True})
-        namespace = self._namespaces.of(self._credential, context.tenant or self._tenant)
-        variant = tuple(sorted(pair for pair in headers if pair[0] in _ANSWER_HEADERS)) if headers else ()
-        return Call(op, name, body, stream, context, headers or None, self._target, namespace, variant)
+        asker = _with_headers(self._asker, headers) if headers else self._asker
+        namespace = self._namespaces.of(asker.credential, context.tenant or self._tenant)
+        return Call(op, name, body, stream, context, headers or None, self._target, namespace, asker.variant)
+
+
+def _with_headers(asker: Asker, headers: tuple[tuple[str, str], ...]) -> Asker:
+    """The endpoint's own, with the headers that one call adds or replaces."""
+    added = asker_of(headers)
+    if not (added.variant or added.credential):
+        return asker
+    named = {name for name, _ in added.variant}
+    kept = (pair for pair in asker.variant if pair[0] not in named)
+    return Asker(tuple(sorted((*kept, *added.variant))), asker.credential + added.credential)
 
 
 def _add_fields(

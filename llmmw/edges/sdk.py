@@ -20,13 +20,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from llmmw.edges.http import CREDENTIALS
 from llmmw.edges.sdkmethod import Method
 from llmmw.endpoints.sdk import SDKEndpoint
 from llmmw.env import disabled
 from llmmw.errors import ConfigError
-from llmmw.keys import VARIANT_HEADERS
-from llmmw.keys.identity import Namespaces
+from llmmw.keys.identity import Namespaces, asker_of
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.settings import accepting, text
@@ -117,8 +115,7 @@ class Shared:
         self.engine: Engine = stack.bind(self.endpoint, env=env)
         self.retries = Role.RETRY in stack and not disabled()
         self.tenant = tenant
-        directory = getattr(stack[Role.CACHE], "directory", None) if Role.CACHE in stack else None
-        self.namespaces = Namespaces(directory)
+        self.namespaces = Namespaces(stack.cache_directory)
         sdk = sys.modules[package]
         self.absent = tuple(getattr(sdk, name) for name in ("NotGiven", "Omit") if hasattr(sdk, name))
         self.provider_token = secrets.token_hex(16)
@@ -195,23 +192,22 @@ class Wrapping:
     def credential(self, extra: Mapping[str, Any]) -> str:
         """Who asks: the client's credential and account, as they are now."""
         client = self.client
-        found = [getattr(client, name, None) for name in ("api_key", "auth_token", "organization", "project")]
+        held = {name: getattr(client, name, None) for name in ("api_key", "auth_token", "organization", "project")}
         if any(getattr(client, name, None) is not None for name in ("_api_key_provider", "_azure_ad_token_provider")):
-            found.append(self.shared.provider_token)
+            held["provider"] = self.shared.provider_token
         headers = {**client._custom_headers, **extra}  # noqa: SLF001 — the SDK shows them merged with a dozen others only
-        named = sorted((name.lower(), str(value)) for name, value in headers.items() if name.lower() in CREDENTIALS)
-        return "\n".join([*(str(value) for value in found if value), *(f"{name}: {value}" for name, value in named)])
+        named = asker_of((name, str(value)) for name, value in headers.items())
+        return "".join(f"\n{name}={value}" for name, value in held.items() if value) + named.credential
 
     def variant(self, extra: Mapping[str, Any], query: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
         """Headers and query parameters that change the answer."""
         client = self.client
-        found: dict[str, str] = {}
-        for name, value in {**client._custom_headers, **extra}.items():  # noqa: SLF001 — the SDK has no public one
-            if name.lower() in VARIANT_HEADERS:
-                found[name.lower()] = str(value)
-        for name, value in {**client._custom_query, **(query or {})}.items():  # noqa: SLF001 — the SDK has no public one
-            found[f"?{name}"] = str(value)
-        return tuple(sorted(found.items()))
+        headers = {**client._custom_headers, **extra}  # noqa: SLF001 — the SDK has no public one
+        added = {**client._custom_query, **(query or {})}  # noqa: SLF001 — the SDK has no public one
+        return asker_of(
+            ((name, str(value)) for name, value in headers.items()),
+            ((name, str(value)) for name, value in added.items()),
+        ).variant
 
 
 def _library_of(client: Any) -> tuple[Any, Any]:

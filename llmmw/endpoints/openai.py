@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
@@ -15,6 +15,7 @@ from llmmw.endpoints.base import counted
 from llmmw.env import Env
 from llmmw.errors import ConfigError, ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError
 from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
+from llmmw.keys.identity import Asker, asker_of
 from llmmw.pool import ConnectionPool
 from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
 from llmmw.settings import accepting, instance, switch, text
@@ -81,6 +82,11 @@ class HTTPEndpoint:
     def name(self) -> str:
         """scheme://host:port/prefix."""
         return self._name
+
+    @property
+    def asker(self) -> Asker:
+        """Who asks by its own headers and query, and what of these changes the answer."""
+        return asker_of(self._headers, parse_qsl(urlsplit(self._base_url).query, keep_blank_values=True))
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -185,8 +191,8 @@ class AnswerStream:
     """The server's bytes as they arrive; read along for usage, errors and completeness.
 
     Raises, in place of the end: TruncatedStream (it stopped without finish reason or terminator), StatusError (an
-    error event before any token), StreamInterrupted (broke, or an error event, after the first token), and before
-    the first token whatever broke the connection.
+    error event before any token was handed on), StreamInterrupted (broke, or an error event, after the first token),
+    and before the first token whatever broke the connection.
     """
 
     def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secret: str) -> None:
@@ -205,6 +211,7 @@ class AnswerStream:
 
     async def __anext__(self) -> bytes:
         watch = self._watch
+        delivered = watch.has_token  # a token in the same chunk as an error is handed on to nobody
         try:
             chunk = await self._body.__anext__()
             watch.feed(chunk)
@@ -214,11 +221,13 @@ class AnswerStream:
             missing = None if self._body.was_cut else watch.missing()
             if missing is None:
                 raise
-            raise TruncatedStream(f"the stream ended early: {missing}", endpoint=self._endpoint) from None
+            raise TruncatedStream(
+                f"the stream ended early: {missing}", endpoint=self._endpoint, partial=watch.text, usage=watch.usage
+            ) from None
         except UpstreamError as error:
             await self._body.aclose()
             error.endpoint = error.endpoint or self._endpoint
-            if not watch.has_token:
+            if not delivered:
                 raise
             raise StreamInterrupted(
                 f"the stream broke after output had arrived: {error.message}",

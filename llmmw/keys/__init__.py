@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from llmmw.keys.sharing import (
     NOT_SHARED,
-    VARIANT_HEADERS,
     Draw,
     Sampling,
     Sharing,
@@ -19,7 +18,6 @@ from llmmw.keys.sharing import (
 
 __all__ = [
     "NOT_SHARED",
-    "VARIANT_HEADERS",
     "Draw",
     "Sampling",
     "Sharing",

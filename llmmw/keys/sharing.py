@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from llmmw.keys.canonical import Uncacheable, json_form, tagged_form
+from llmmw.keys.identity import VARIANT_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,9 +37,6 @@ TRANSPORT_FIELDS = frozenset({
 })  # fmt: skip
 """Body fields that cannot change the answer; every other field counts. The last two are vLLM's (name of the
 request, place in its queue)."""
-
-VARIANT_HEADERS = frozenset({"api-version", "anthropic-version", "anthropic-beta", "openai-beta"})
-"""The headers among `extra_headers` that choose another behaviour of the server."""
 
 _SPECIAL = TRANSPORT_FIELDS | {"extra_body", "conversation"}
 _MAX_LANES = 500_000

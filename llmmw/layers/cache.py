@@ -98,21 +98,30 @@ class TTLCache(Positioned):
         Raises:
             ConfigError: $LLMMW_CACHE is none of the modes.
         """
-        mode = variable("LLMMW_CACHE").lower() or self.mode
+        mode = self._mode_now()
         choice("$LLMMW_CACHE", mode, MODES)
         grace_s = max(cast("float", self.stale_while_revalidate), cast("float", self.stale_if_error))
         memory = MemoryStore(self.max_bytes, self.max_entries)
-        backing = None if mode == "off" else self._backing(env)
+        backing = self._backing(env)
         return BoundCache(inner, env, self, mode, TieredStore(memory, backing, env.clock, grace_s=grace_s))
 
+    def _mode_now(self) -> str:
+        return variable("LLMMW_CACHE").lower() or self.mode
+
+    @property
+    def place(self) -> Path | None:
+        """The directory that is used: its own or $LLMMW_CACHE_DIR; None in memory only and where the cache is off."""
+        directory = self.directory if self.directory is not None else variable("LLMMW_CACHE_DIR")
+        return None if directory == "" or self._mode_now() == "off" else Path(directory).expanduser()
+
     def _backing(self, env: Env) -> Backing | None:
-        directory = self.directory if self.directory is not None else variable("LLMMW_CACHE_DIR") or None
-        if directory is None:
+        place = self.place
+        if place is None:
             return None
         from llmmw.stores.disk import DiskStore  # noqa: PLC0415 — diskcache and sqlite only where they are used
 
         return DiskStore(
-            Path(directory).expanduser(),
+            place,
             env,
             max_bytes=self.disk_bytes,
             codec=self.codec,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
 
-from llmmw.keys.identity import Namespaces
+from llmmw.keys.identity import Namespaces, asker_of
 
 
 def test_security_namespaces_differ_by_credential_and_hide_it(tmp_path):
@@ -47,3 +48,39 @@ def test_a_directory_that_does_not_work_falls_back_to_the_process(tmp_path):
     short.mkdir()
     (short / "namespace.secret").write_bytes(b"x")
     assert Namespaces(short).of("k") == Namespaces().of("k")
+
+
+def test_headers_that_look_like_credentials_are_taken_for_them():
+    def asks(*names):
+        return asker_of([(name, "v") for name in names]).credential
+
+    for name in ("Authorization", "x-api-key", "Api-Key", "x-goog-api-key", "helicone-auth", "x-auth-token", "apikey"):
+        assert asks(name) == f"\n{name.lower()}: v"
+    assert asks("idempotency-key", "x-idempotency-key", "content-type", "cookie", "api-version") == ""
+    assert asks("x-api-key", "authorization") == asks("authorization", "x-api-key")
+
+
+def test_what_changes_the_answer_is_told_from_who_asks():
+    asker = asker_of([("API-Version", "1"), ("x", "y")], [("api-version", "2"), ("key", "k")])
+    assert asker.variant == (("?api-version", "2"), ("api-version", "1"))
+    assert asker.credential == "\n?key=k"
+
+
+def test_security_a_secret_that_is_a_pipe_or_too_open_is_neither_waited_for_nor_left_open(tmp_path):
+    pipe = tmp_path / "pipe"
+    pipe.mkdir()
+    os.mkfifo(pipe / "namespace.secret")
+    assert Namespaces(pipe).of("k") == Namespaces().of("k")
+    open_ = tmp_path / "open"
+    name = Namespaces(open_).of("k")
+    (open_ / "namespace.secret").chmod(0o644)
+    assert Namespaces(open_).of("k") == name
+    assert stat.S_IMODE((open_ / "namespace.secret").stat().st_mode) == 0o600
+
+
+def test_a_gateway_with_countless_credentials_remembers_some(monkeypatch):
+    monkeypatch.setattr("llmmw.keys.identity._MAX_KNOWN", 3)
+    names = Namespaces()
+    found = [names.of(str(number)) for number in range(10)]
+    assert len(names._known) <= 3
+    assert [names.of(str(number)) for number in range(10)] == found
