@@ -10,9 +10,9 @@
     │   ├── StatusError                       the server answered with a status of 400 or more
     │   ├── UpstreamTimeout   ConnectionFailed   StaleConnection   AmbiguousOutcome
     │   ├── ProtocolError                     a success status with a body that is no answer
-    │   │   └── TruncatedStream               a stream without its terminator or finish reason
     │   ├── ResponseTooLarge
     │   └── StreamInterrupted                 broke after bytes were delivered; `partial`, `usage`
+    │       └── TruncatedStream (also ProtocolError)   ended without its terminator or finish reason
     └── AllEndpointsFailed (also ExceptionGroup)   one error per endpoint
 
 Every error pickles, lists the `attempts` that led to it, and holds no header, body, stream or socket.
@@ -197,10 +197,6 @@ class ProtocolError(UpstreamError):
     """A success status with a body that is no answer (HTML, cut-off JSON, an error object, no choices)."""
 
 
-class TruncatedStream(ProtocolError):
-    """A stream ended without its terminator or without a finish reason."""
-
-
 class ResponseTooLarge(UpstreamError):
     """The body, a line or the headers exceed the configured bound."""
 
@@ -219,8 +215,12 @@ class StreamInterrupted(UpstreamError):
     ) -> None:
         super().__init__(message, endpoint=endpoint, attempts=attempts)
         self.partial = partial
-        """The text delivered so far."""
+        """The text that had arrived, of the first choice."""
         self.usage = usage
+
+
+class TruncatedStream(StreamInterrupted, ProtocolError):
+    """A stream ended without its terminator or without a finish reason."""
 
 
 class AllEndpointsFailed(LLMMWError, ExceptionGroup[Exception]):

@@ -96,6 +96,9 @@ _RATE_CODES = frozenset({"rate_limit_exceeded", "rate_limit_error", "resource_ex
 _NO_ALLOWANCE = re.compile(r"limit: 0(?![\d.])")
 """Gemini's 429 for a model that the free tier does not have."""
 
+_MAX_JUDGED = 4000
+"""Characters of a message that are searched for words: some of the patterns are quadratic on a hostile one."""
+
 _FINISHED_BY_FILTER = re.compile(
     rb'"(?:finish_reason|stop_reason|finishReason)"\s*:\s*"(?:content_filter|refusal|SAFETY|PROHIBITED_CONTENT|BLOCKLIST)"'
 )
@@ -193,7 +196,7 @@ _RULES: tuple[tuple[FaultKind, Callable[[_Refusal], object]], ...] = (
 
 
 def _judge(status: int, said: ErrorBody) -> FaultKind:
-    refusal = _Refusal(status, said.names, said.message.lower(), said)
+    refusal = _Refusal(status, said.names, said.message[:_MAX_JUDGED].lower(), said)
     return next((kind for kind, holds in _RULES if holds(refusal)), FaultKind.INVALID)
 
 

@@ -11,32 +11,40 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
+from llmmw.answer import items
 from llmmw.call import Attempt, Item, Reply
-from llmmw.errors import (
-    LLMMWError,
-    ResponseTooLarge,
-    StreamInterrupted,
-    TruncatedStream,
-    UpstreamError,
-)
+from llmmw.errors import DeadlineExceeded, LLMMWError, ResponseTooLarge, StreamInterrupted, UpstreamError
+from llmmw.fault import Fault, FaultKind, classify
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from llmmw.answer import Usage
     from llmmw.call import Call, Chunk, Chunks, Handler
-    from llmmw.fault import Fault
+    from llmmw.env import Clock
 
-_TELLS_ENOUGH = (StreamInterrupted, TruncatedStream, ResponseTooLarge)
+_TELLS_ENOUGH = (StreamInterrupted, ResponseTooLarge)
 """Errors of a stream under way that are handed on as they are."""
 
+_SLACK_S = 0.001
+"""A loop may fire a deadline's timer this much early."""
 
-async def make_attempt(inner: Handler, call: Call) -> Reply | Exception:
-    """Ask once. A cancellation is raised; every other failure is returned."""
+
+async def make_attempt(inner: Handler, call: Call, clock: Clock) -> Reply | Exception:
+    """Ask once. A cancellation is raised; every other failure is returned.
+
+    A Deadline layer outside interrupts what its call waits for. That is a failure like others, so that the error the
+    caller gets can list the attempts; whoever cancels the task itself is obeyed.
+    """
     try:
         reply = await inner(call)
         if reply.chunks is None or not reply.ok or isinstance(reply.chunks, Delivery):
             return reply
         return reply.replace(chunks=await Delivery.begin(reply.chunks, call.op, reply.endpoint))
+    except asyncio.CancelledError:
+        task, deadline = asyncio.current_task(), call.deadline
+        if task is None or task.cancelling() or deadline is None or clock.monotonic() < deadline - _SLACK_S:
+            raise
+        return DeadlineExceeded("the deadline passed before the answer was complete", sent=True)
     except Exception as error:  # noqa: BLE001 — what a user's function raises is classified by the caller
         return error
 
@@ -54,12 +62,31 @@ def exchange_of(outcome: Reply | BaseException) -> int:
     return found if isinstance(found, int) else 0
 
 
+def after(reply: Reply, attempts: tuple[Attempt, ...]) -> Reply:
+    """The reply with the failed tries before it; an error of its stream will list them too."""
+    if isinstance(reply.chunks, Delivery):
+        reply.chunks.before = attempts
+    return reply.replace(attempts=attempts)
+
+
 def annotate(error: Exception, attempts: tuple[Attempt, ...]) -> None:
-    """Tell an exception which attempts led to it: `attempts` on ours, a note on the user's own after repetitions."""
+    """Tell an exception which attempts led to it: `attempts` on ours, one note on the user's own after repetitions."""
     if isinstance(error, LLMMWError):
         error.attempts = attempts
-    elif len(attempts) > 1:
-        error.add_note("llmmw: " + "; ".join(map(_told, attempts)))
+        return
+    notes = items(getattr(error, "__notes__", None))
+    notes[:] = [note for note in notes if not str(note).startswith(_MARK)]  # of an object that is raised for ever
+    if len(attempts) > 1:
+        told = [*map(_told, attempts)]
+        if len(told) > _MAX_TOLD:
+            half = _MAX_TOLD // 2
+            told[half:-half] = [f"{len(told) - 2 * half} more attempts"]
+        error.add_note(_MARK + "; ".join(told))
+
+
+_MARK = "llmmw: "
+_MAX_TOLD = 12
+"""A note names so many attempts; all of them are too much to read."""
 
 
 def _told(attempt: Attempt) -> str:
@@ -79,7 +106,7 @@ class Delivery:
     """A stream whose first token is here. If it breaks from now on, the reader gets StreamInterrupted.
 
     The delivered chunks are kept (by reference) for the error's `partial`. A user generator's own exception and a
-    cancellation pass unchanged.
+    cancellation pass unchanged. `before` holds the failed tries before this stream.
     """
 
     def __init__(self, inner: Chunks, held: deque[Chunk], op: str, endpoint: str) -> None:
@@ -88,6 +115,7 @@ class Delivery:
         self._op = op
         self._endpoint = endpoint
         self._kept: list[Chunk] = []
+        self.before: tuple[Attempt, ...] = ()
 
     @classmethod
     async def begin(cls, chunks: Chunks, op: str, endpoint: str) -> Delivery:
@@ -121,10 +149,15 @@ class Delivery:
         else:
             try:
                 chunk = await self._inner.__anext__()
-            except UpstreamError as error:
-                if isinstance(error, _TELLS_ENOUGH):
-                    raise
-                raise self._interrupted(error) from error
+            except StopAsyncIteration:
+                raise
+            except Exception as error:
+                fault = classify(error, wall=0.0) or Fault(FaultKind.INVALID)
+                attempts = (*self.before, attempt_of(error, fault, self._endpoint))
+                if isinstance(error, UpstreamError) and not isinstance(error, _TELLS_ENOUGH):
+                    raise self._interrupted(error, attempts) from error
+                annotate(error, attempts)
+                raise
         self._kept.append(chunk)
         return chunk
 
@@ -133,12 +166,13 @@ class Delivery:
         self._held.clear()
         await self._inner.aclose()
 
-    def _interrupted(self, error: UpstreamError) -> StreamInterrupted:
+    def _interrupted(self, error: UpstreamError, attempts: tuple[Attempt, ...]) -> StreamInterrupted:
         found = StreamInterrupted(
             f"the stream broke after {len(self._kept)} chunks: {error.message or type(error).__name__}",
             endpoint=error.endpoint or self._endpoint,
             partial=_text(self._kept, self._op),
             usage=self._inner.usage,
+            attempts=attempts,
         )
         self._kept = []
         return found

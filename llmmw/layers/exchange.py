@@ -1,25 +1,27 @@
-"""One joint request of the batcher: who is in it, and how its answer becomes everybody's own."""
+"""One request of the batcher: who is in it, and how its answer becomes everybody's own."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmmw.algo.batchplan import bisect_budget, joint_call, split_answer
-from llmmw.call import Reply
-from llmmw.errors import LLMMWError, ProtocolError
+from llmmw.algo.batchmates import bisect_budget, joint_call, pieces_of, split_answer, urgency_of
+from llmmw.call import Context, Reply
+from llmmw.errors import AmbiguousOutcome, LLMMWError, ProtocolError
+from llmmw.events import UsageShared
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.attempt import make_attempt
 from llmmw.stream.copies import own_error, own_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import asyncio
+    from collections.abc import Callable, Iterator, Sequence
 
-    from llmmw.algo.batchplan import Grouping, Plan
-    from llmmw.call import Call, Handler
+    from llmmw.algo.batchmates import Grouping
+    from llmmw.algo.batchplan import Plan
+    from llmmw.call import Call, Handler, Urgency
     from llmmw.env import Env
 
 _numbers = itertools.count(1)
@@ -31,15 +33,15 @@ _OF_THE_JOINT_BODY = frozenset({"content-length", "content-encoding", "etag"})
 
 
 class Item:
-    """A call in the batcher, with everybody who waits for its answer."""
+    """A call in the batcher, with everybody who waits for its answer (several where they ask the same)."""
 
-    __slots__ = ("call", "exchange", "group", "place", "waiters")
+    __slots__ = ("call", "exchange", "group", "step", "waiters")
 
-    def __init__(self, call: Call, place: Any, group: Grouping, waiter: asyncio.Future[Any]) -> None:
+    def __init__(self, call: Call, step: int | None, group: Grouping, waiter: asyncio.Future[Any]) -> None:
         self.call = call
-        self.place = place
+        self.step = step
         self.group = group
-        self.waiters = [waiter]
+        self.waiters: dict[asyncio.Future[Any], Call] = {waiter: call}
         self.exchange: Exchange | None = None
 
     @property
@@ -47,17 +49,19 @@ class Item:
         """Whether anybody still waits."""
         return any(not waiter.done() for waiter in self.waiters)
 
+    def waiting(self) -> Iterator[tuple[asyncio.Future[Any], Call]]:
+        """Who still waits, each with the call as they made it."""
+        return ((waiter, call) for waiter, call in list(self.waiters.items()) if not waiter.done())
+
     def leave(self, waiter: asyncio.Future[Any]) -> bool:
         """One stops waiting; whether it was the last."""
-        self.waiters.remove(waiter)
+        self.waiters.pop(waiter, None)
         return not self.awaited
 
     def give(self, outcome: Reply | Exception) -> None:
         """Wake everybody; each gets a copy of its own."""
         first = True
-        for waiter in self.waiters:
-            if waiter.done():
-                continue
+        for waiter, _ in self.waiting():
             if first:
                 own: Reply | Exception = outcome
             elif isinstance(outcome, Reply):
@@ -69,32 +73,66 @@ class Item:
 
     def fail(self, make_error: Callable[[], Exception]) -> int:
         """Wake everybody with an error of their own; how many."""
-        waiting = [waiter for waiter in self.waiters if not waiter.done()]
-        for waiter in waiting:
+        waiting = list(self.waiting())
+        for waiter, _ in waiting:
             waiter.set_result(make_error())
         return len(waiting)
 
 
+class Search:
+    """What requests that came out of one group share: how many more the search for its bad items may take.
+
+    Args:
+        size: items of the group.
+        start: sends some of them in a request of their own.
+    """
+
+    def __init__(self, size: int, start: Callable[[Sequence[Item], Search], None]) -> None:
+        self.budget = bisect_budget(size)
+        self._start = start
+
+    def divide(self, items: Sequence[Item]) -> None:
+        """Send a refused group again, in parts."""
+        parts = pieces_of(len(items), self.budget)
+        self.budget = max(0, self.budget - len(parts))
+        rest = iter(items)
+        for size in parts:
+            self._start(tuple(itertools.islice(rest, size)), self)
+
+    def each_alone(self, items: Sequence[Item]) -> None:
+        """Send every item on its own."""
+        for item in items:
+            self._start((item,), self)
+
+
 class Exchange:
-    """The items of one joint request (or one item that several wait for), until each has its outcome.
+    """One request for some items (or for one that several wait for), until each has its outcome or another request.
 
     Args:
         inner: the handler below the batcher.
         env: clock for judging refusals.
         items: of one group.
+        search: how to go on when the request is refused because of one of them.
         joint_ops: operations that may be sent jointly; what the endpoint turns out not to know is taken out.
         plan: told how large a joint request may be.
     """
 
     def __init__(
-        self, inner: Handler, env: Env, items: tuple[Item, ...], joint_ops: set[str], plan: Plan[Any, Item]
+        self,
+        inner: Handler,
+        env: Env,
+        items: Sequence[Item],
+        search: Search,
+        *,
+        joint_ops: set[str],
+        plan: Plan[Any, Any, Item],
     ) -> None:
         self._inner = inner
         self._env = env
         self._items = items
+        self._search = search
         self._joint_ops = joint_ops
         self._plan = plan
-        self._budget = bisect_budget(len(items))
         self.task: asyncio.Task[None] | None = None
         for item in items:
             item.exchange = self
@@ -104,48 +142,76 @@ class Exchange:
         if self.task is not None and not any(item.awaited for item in self._items):
             self.task.cancel()
 
-    def settle(self, make_closed: Callable[[], Exception]) -> None:
-        """The task has ended: whoever has no outcome yet gets what ended it, or Closed where it was cancelled."""
+    def settle(self, make_closed: Callable[[], Exception] | None) -> None:
+        """The task has ended: whoever has no outcome and no other request yet gets what ended it.
+
+        Args:
+            make_closed: the error where the batcher itself cancelled the task; None: it was somebody else.
+        """
         broken = None if self.task is None or self.task.cancelled() else self.task.exception()
+
+        def error() -> Exception:
+            if isinstance(broken, Exception):
+                return own_error(broken)
+            return AmbiguousOutcome("the joint request was cancelled") if make_closed is None else make_closed()
+
         for item in self._items:
-            item.fail(lambda: own_error(broken) if isinstance(broken, Exception) else make_closed())
+            if item.exchange is self:
+                item.fail(error)
 
     async def run(self) -> None:
         """Send, take apart, deliver."""
-        await self._send(self._items)
-
-    async def _send(self, items: Sequence[Item]) -> None:
-        items = [item for item in items if item.awaited]
+        items = self._items = [item for item in self._items if item.awaited]
         if not items:
             return
+        everybody = [call for item in items for _, call in item.waiting()]
+        urgency = urgency_of(everybody)
+        call = items[0].call
+        if len(items) > 1:
+            call = joint_call([item.call for item in items], urgency)
+        elif len(everybody) > 1:
+            call = call.replace(urgency=urgency)
+        outcome = await self._ask(call, urgency, everybody)
         if len(items) == 1:
-            items[0].give(await make_attempt(self._inner, items[0].call))
+            items[0].give(outcome)
             return
-        outcome = await make_attempt(self._inner, joint_call([item.call for item in items]))
         number = next(_numbers)
         if isinstance(outcome, Exception):
             for item in items:
                 item.give(_numbered(own_error(outcome) if item is not items[0] else outcome, number))
         elif outcome.ok:
             self._plan.max_size = min(self._plan.max_size + 1, self._plan.limits.max_size)
-            _hand_out(outcome, items, number)
+            self._hand_out(outcome, items, number)
         else:
-            await self._refused(outcome, items, number)
+            self._refused(outcome, items, number)
 
-    async def _refused(self, refusal: Reply, items: Sequence[Item], number: int) -> None:
+    async def _ask(self, call: Call, urgency: Urgency, everybody: Sequence[Call]) -> Reply | Exception:
+        """Make the attempt; while it waits for its turn, flights among the callers may become more urgent."""
+
+        def listener(member: Call) -> Callable[[], None]:
+            return lambda: urgency.join(Context(priority=member.priority, deadline=member.deadline))
+
+        flights = [(member.urgency, listener(member)) for member in everybody if member.urgency is not None]
+        ends = [flight.subscribe(listen) for flight, listen in flights if call.urgency is urgency]
+        try:
+            outcome = await make_attempt(self._inner, call, self._env.clock)
+        finally:
+            for end in ends:
+                end()
+        if isinstance(outcome, Reply) and outcome.chunks is not None:
+            await outcome.chunks.aclose()
+            return ProtocolError("a stream in answer to a request without one", endpoint=outcome.endpoint)
+        return outcome
+
+    def _refused(self, refusal: Reply, items: Sequence[Item], number: int) -> None:
         fault = classify(refusal, wall=self._env.clock.wall())
         if refusal.status in _NO_SUCH_CALL:
             # Without an error object it is the path that is unknown; the items themselves may be fine.
             if refusal.status != 404 or fault is None or fault.code is None:  # noqa: PLR2004 — HTTP
                 self._joint_ops.discard(items[0].call.op)
-            await self._send_each(items)
+            self._search.each_alone(items)
         elif fault is not None and fault.kind in _ONE_IS_BAD:
-            if self._budget < 2:  # noqa: PLR2004 — two halves
-                await self._send_each(items)
-                return
-            self._budget -= 2
-            middle = len(items) // 2
-            await asyncio.gather(self._send(items[:middle]), self._send(items[middle:]))
+            self._search.divide(items)
         else:
             if refusal.status == _OVERLOADED:
                 # vLLM's queue cap counts members and refuses the whole: the same size would be refused for ever.
@@ -153,23 +219,22 @@ class Exchange:
             for item in items:
                 item.give(refusal.replace(exchange=number))
 
-    async def _send_each(self, items: Sequence[Item]) -> None:
-        await asyncio.gather(*(self._send([item]) for item in items))
-
-
-def _hand_out(answer: Reply, items: Sequence[Item], number: int) -> None:
-    """Everybody's part of a joint answer."""
-    headers = tuple(pair for pair in answer.headers if pair[0] not in _OF_THE_JOINT_BODY)
-    whole = answer.replace(data=None, native=None, headers=headers, source="batch", exchange=number)
-    try:
-        body = answer.body
-    except msgspec.DecodeError:
-        body = None
-    for item, part in zip(items, split_answer(body, [item.call for item in items]), strict=True):
-        if isinstance(part, str):
-            item.give(_numbered(ProtocolError(part, endpoint=answer.endpoint), number))
-        else:
+    def _hand_out(self, answer: Reply, items: Sequence[Item], number: int) -> None:
+        """Everybody's part of a joint answer."""
+        headers = tuple(pair for pair in answer.headers if pair[0] not in _OF_THE_JOINT_BODY)
+        whole = answer.replace(data=None, native=None, headers=headers, source="batch", exchange=number)
+        try:
+            body = answer.body
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            body = None
+        for item, part in zip(items, split_answer(body, [item.call for item in items]), strict=True):
+            if isinstance(part, str):
+                item.give(_numbered(ProtocolError(part, endpoint=answer.endpoint), number))
+                continue
             own, usage = part
+            agent = item.call.context.agent
+            if agent is not None:
+                self._env.emit(UsageShared(agent, usage))
             item.give(whole.replace(data=msgspec.json.encode(own), usage=usage))
 
 

@@ -10,7 +10,7 @@ from llmmw.call import Attempt, Reply
 from llmmw.errors import AmbiguousTimeout, UpstreamTimeout
 from llmmw.events import RetryScheduled
 from llmmw.fault import classify
-from llmmw.layers.attempt import annotate, attempt_of, exchange_of, make_attempt
+from llmmw.layers.attempt import after, annotate, attempt_of, exchange_of, make_attempt
 from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, seconds, settings, whole
@@ -97,10 +97,10 @@ class BoundRetry(Bound):
         outcome: Reply | Exception | None = None
         try:
             while True:
-                outcome = await make_attempt(self.inner, call)
+                outcome = await make_attempt(self.inner, call, self.env.clock)
                 if isinstance(outcome, Reply) and outcome.ok:
                     self._budget.call_succeeded(cost)
-                    return outcome.replace(attempts=attempts) if attempts else outcome
+                    return after(outcome, attempts) if attempts else outcome
                 fault = classify(outcome, wall=self.env.clock.wall())
                 assert fault is not None  # noqa: S101 — only a success is without fault
                 verdict = self._judge(call, progress, fault)

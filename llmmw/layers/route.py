@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from llmmw.call import Attempt, Reply
-from llmmw.errors import AllEndpointsFailed, CircuitOpen, ConfigError
+from llmmw.errors import AllEndpointsFailed, CircuitOpen, Closed, ConfigError, DeadlineExceeded
 from llmmw.events import FellBack
 from llmmw.fault import Fault, FaultKind, classify, error_of
 from llmmw.fault.bodies import context_limit
-from llmmw.layers.attempt import annotate, attempt_of, make_attempt
+from llmmw.layers.attempt import after, annotate, attempt_of, make_attempt
 from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.pool.guard import Guard, check_url
@@ -32,6 +32,9 @@ _ELSEWHERE = frozenset({
 
 _REFUSED_ELSEWHERE = frozenset({"CircuitOpen", "RateLimited", "QueueFull"})
 """Our own refusals that concern one endpoint; a deadline or a closed engine concerns all."""
+
+_ENDS_THE_CALL = (DeadlineExceeded, Closed)
+"""Refusals that no endpoint can help: the caller is told this one, with everything that was tried before."""
 
 _UNCOUNTED = frozenset({FaultKind.RATE.value, FaultKind.REFUSED.value})
 """Attempts that do not count against `max_total_attempts`: the server said when, or nothing was sent."""
@@ -69,7 +72,8 @@ class ErrorRouter(Positioned):
 
     Another endpoint is asked after lost connections, 5xx, answers that are none, rate limits with a long wait,
     refused credentials and spent quotas, open circuits, and prompts too long for the one before (a larger one only).
-    It is not asked after a bad request, nor (without `duplicate_ok`) after a call that may be done already.
+    It is not asked after a bad request, nor after a call that may be done already (unless `duplicate_ok`, or the
+    endpoint that lost it says that repeating is free, such as a local vLLM).
 
     Each endpoint is asked once (with its own retries). An answer by another than the first has `reply.fallback` set
     and the answering endpoint in `reply.endpoint`. If all circuits are open and the call has a deadline, the earliest
@@ -80,13 +84,14 @@ class ErrorRouter(Positioned):
         max_total_attempts: attempts over all endpoints; waits for a rate limit and refusals of our own do not count.
         rate_wait: while another endpoint could answer, a longer wait for a rate limit sends the call there.
         duplicate_ok: also send elsewhere what may be done already.
-        on_content_filter: also send elsewhere what a content filter stopped.
+        on_content_filter: also send elsewhere what a content filter stopped; if nobody does better, the filtered
+            answer is given.
         max_context: context length of the first endpoint in tokens, where its error messages do not name it.
 
     Raises:
         ConfigError: a value that cannot work.
         AllEndpointsFailed: from a call, when more than one endpoint was asked; one error for each. With one endpoint
-            asked its own refusal or exception comes back unchanged.
+            asked its own refusal or exception comes back unchanged, and a deadline that passes stays DeadlineExceeded.
     """
 
     role: ClassVar[Role] = Role.ROUTE
@@ -122,10 +127,10 @@ class ErrorRouter(Positioned):
         """Running state over one handler per endpoint, the engine's own first."""
         if len(targets) != 1 + len(self.fallbacks):
             raise ConfigError(f"ErrorRouter: {len(self.fallbacks)} fallbacks but {len(targets) - 1} bound handlers")
-        routes = [_Route(targets[0], _name_of(targets[0]), None, self.max_context)]
+        routes = [_route_to(targets[0], None, self.max_context)]
         for entry, handler in zip(self.fallbacks, targets[1:], strict=True):
             found = entry if isinstance(entry, Fallback) else Fallback(entry)
-            routes.append(_Route(handler, _name_of(handler), found.model, found.max_context))
+            routes.append(_route_to(handler, found.model, found.max_context))
         return BoundRouter(routes, env, self)
 
 
@@ -142,6 +147,8 @@ class _Route(msgspec.Struct, frozen=True):
     name: str
     model: str | None
     max_context: int | None
+    idempotent: bool
+    """What got lost there may be asked again elsewhere."""
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -196,7 +203,7 @@ class BoundRouter(Bound):
             if failures:
                 source = failures[-1].route.name or call.target
                 self.env.emit(FellBack(source, route.name, failures[-1].fault.kind.value))
-            outcome = await make_attempt(route.handler, self._addressed(call, index, left))
+            outcome = await make_attempt(route.handler, self._addressed(call, index, left), self.env.clock)
             if isinstance(outcome, Reply) and outcome.ok and not self._rules.on_content_filter:
                 return _answer(outcome, route, attempts, fallback=index > 0)
             fault = classify(outcome, wall=self.env.clock.wall())
@@ -216,7 +223,7 @@ class BoundRouter(Bound):
         if index + 1 == len(self._routes):
             return False
         if fault.kind is FaultKind.AMBIGUOUS:
-            return self._rules.duplicate_ok
+            return self._rules.duplicate_ok or self._routes[index].idempotent
         if fault.kind is FaultKind.CONTENT_FILTER:
             return self._rules.on_content_filter
         if fault.kind is FaultKind.REFUSED:
@@ -252,8 +259,11 @@ class BoundRouter(Bound):
 
     def _fail(self, failures: list[_Failure]) -> Reply:
         attempts = tuple(attempt for failure in failures for attempt in _history(failure))
-        if len(failures) == 1:
-            outcome = failures[0].outcome
+        filtered = next((f for f in failures if isinstance(f.outcome, Reply) and f.outcome.ok), None)
+        if filtered is not None:
+            return after(filtered.outcome, attempts).replace(fallback=filtered.route is not self._routes[0])
+        outcome = failures[-1].outcome
+        if len(failures) == 1 or isinstance(outcome, _ENDS_THE_CALL):
             if isinstance(outcome, Reply):
                 return outcome.replace(attempts=attempts)
             annotate(outcome, attempts)
@@ -266,7 +276,8 @@ class BoundRouter(Bound):
 def _answer(reply: Reply, route: _Route, before: tuple[Attempt, ...], *, fallback: bool) -> Reply:
     if not fallback and not before and reply.endpoint:
         return reply
-    return reply.replace(attempts=before + reply.attempts, endpoint=reply.endpoint or route.name, fallback=fallback)
+    told = after(reply, before + reply.attempts)
+    return told.replace(endpoint=reply.endpoint or route.name, fallback=fallback)
 
 
 def _history(failure: _Failure) -> tuple[Attempt, ...]:
@@ -284,9 +295,11 @@ def _words(failure: _Failure) -> str:
     return f"{fault.kind.value}, {type(failure.outcome).__name__}{later}"
 
 
-def _name_of(handler: Handler) -> str:
-    """The name of the endpoint that a stack of bound layers ends in."""
-    while isinstance(handler, Bound):
-        handler = handler.inner
-    found = getattr(handler, "name", "")
-    return found if isinstance(found, str) else ""
+def _route_to(handler: Handler, model: str | None, max_context: int | None) -> _Route:
+    """What the endpoint in which a stack of bound layers ends says about itself."""
+    endpoint = handler
+    while isinstance(endpoint, Bound):
+        endpoint = endpoint.inner
+    name = getattr(endpoint, "name", "")
+    idempotent = "idempotent" in getattr(endpoint, "capabilities", ())
+    return _Route(handler, name if isinstance(name, str) else "", model, max_context, idempotent)

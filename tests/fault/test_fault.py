@@ -522,3 +522,9 @@ def test_error_event_of_a_stream() -> None:
     assert judged({"error": {"message": LENGTH, "type": "BadRequestError", "code": 400}}) is K.CONTEXT_LENGTH
     assert judged({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}) is K.SERVER
     assert judged({"error": {"message": "x", "type": "invalid_request_error"}}) is K.INVALID
+
+
+def test_security_04_words_are_looked_for_at_the_beginning_of_a_message_only() -> None:
+    assert kind(refusal(400, {"error": {"message": "x " * 1000 + LENGTH}})) is K.CONTEXT_LENGTH
+    assert kind(refusal(400, {"error": {"message": "x " * 2000 + LENGTH}})) is K.INVALID
+    assert kind(refusal(400, {"error": {"message": "flagged by " * 20_000}})) is K.INVALID
