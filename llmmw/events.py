@@ -92,6 +92,13 @@ class UpstreamEnded(Event, frozen=True):
     agent: str | None = None
 
 
+class UsageShared(Event, frozen=True):
+    """An agent's part of the tokens of a joint request, which itself belongs to nobody."""
+
+    agent: str
+    usage: Usage
+
+
 class RetryScheduled(Event, frozen=True):
     """An attempt failed and will be repeated at the same endpoint."""
 

@@ -15,6 +15,7 @@ from llmmw import events as ev
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llmmw.answer import Usage
     from llmmw.call import Reply
     from llmmw.events import CallResult, Event
 
@@ -92,6 +93,7 @@ class Stats:
             ev.Coalesced: lambda _: self._layer("coalesce", "joined"),
             ev.UpstreamStarted: self._upstream_started,
             ev.UpstreamEnded: self._upstream_ended,
+            ev.UsageShared: self._usage_shared,
             ev.RetryScheduled: self._retry,
             ev.FellBack: self._fell_back,
             ev.CircuitChanged: lambda e: self._layer("breaker", e.state),
@@ -192,8 +194,14 @@ class Stats:
         counts["tokens_in"] += usage.input_tokens
         counts["tokens_out"] += usage.output_tokens
         if event.agent is not None:
-            self._agent(event.agent, "tokens_in", usage.input_tokens)
-            self._agent(event.agent, "tokens_out", usage.output_tokens)
+            self._agent_tokens(event.agent, usage)
+
+    def _usage_shared(self, event: ev.UsageShared) -> None:
+        self._agent_tokens(event.agent, event.usage)
+
+    def _agent_tokens(self, agent: str, usage: Usage) -> None:
+        self._agent(agent, "tokens_in", usage.input_tokens)
+        self._agent(agent, "tokens_out", usage.output_tokens)
 
     def _retry(self, event: ev.RetryScheduled) -> None:
         self._n["retries"] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 
 class Entrance:
@@ -15,7 +14,7 @@ class Entrance:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._outside: deque[asyncio.Future[None]] = deque()
+        self._outside: dict[asyncio.Future[None], None] = {}
         self._is_open = False
         self.inside = 0
 
@@ -30,14 +29,14 @@ class Entrance:
             self.inside += 1
             return
         gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._outside.append(gate)
+        self._outside[gate] = None
         try:
             await gate
         except asyncio.CancelledError:
             if gate.done() and not gate.cancelled():
                 self.leave()
             else:
-                self._outside.remove(gate)
+                self._outside.pop(gate, None)
             raise
 
     def leave(self) -> None:
@@ -52,7 +51,8 @@ class Entrance:
 
     def _let_in(self) -> None:
         while self._outside and (self._is_open or self.inside < self._capacity):
-            gate = self._outside.popleft()
+            gate = next(iter(self._outside))
+            del self._outside[gate]
             if not gate.done():
                 self.inside += 1
                 gate.set_result(None)

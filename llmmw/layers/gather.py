@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
 
+from llmmw.algo.batchmates import weight
 from llmmw.algo.batchplan import Plan, when_due
-from llmmw.algo.estimate import output_cap, prompt_tokens
 from llmmw.errors import Closed
 from llmmw.events import BatchFlushed
 from llmmw.layers.entrance import Entrance
-from llmmw.layers.exchange import Exchange, Item
+from llmmw.layers.exchange import Exchange, Item, Search
+from llmmw.stream.copies import own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llmmw.algo.batchplan import Flush, Grouping, Kind, Limits
+    from llmmw.algo.batchmates import Grouping, Kind
+    from llmmw.algo.batchplan import Flush, Limits
     from llmmw.call import Call, Handler
     from llmmw.env import Env
 
@@ -32,16 +36,10 @@ def closed_error() -> Closed:
     return Closed("the engine was closed before this call was answered")
 
 
-class Place(NamedTuple):
-    """The key of a group in the plan."""
-
-    step: int | None
-    """The step whose barrier holds it; None for a group that an idle endpoint gets at once."""
-    kind: Kind
-
-
 class Gathering:
-    """Submitting, flushing and starting; every method runs on one loop.
+    """Submitting, flushing and starting; every method but `gauges` runs on one loop.
+
+    A lane of the plan is a step, whose barrier holds its calls; lane None is what an idle endpoint gets at once.
 
     Args:
         inner: the handler below the batcher.
@@ -60,14 +58,16 @@ class Gathering:
         self._limits = limits
         self._barrier = barrier
         self._joint_ops = joint_ops
-        self._plan: Plan[Place, Item] = Plan(limits)
-        self._twins: dict[tuple[Place, bytes], Item] = {}
+        self._plan: Plan[int | None, Kind, Item] = Plan(limits)
+        self._weighs = limits.max_bytes is not None or limits.max_tokens is not None
+        self._twins: dict[tuple[int | None, Kind, bytes], Item] = {}
         self._active = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._turn: asyncio.Handle | None = None
         self._asked: dict[int, set[object]] = {}
+        self._strangers = itertools.count()
         self._closed = False
         self.entrance = Entrance(max_calls)
 
@@ -76,19 +76,19 @@ class Gathering:
     def submit(self, call: Call, group: Grouping, waiter: asyncio.Future[Any]) -> Item:
         """Have a call wait for batch mates; `waiter` gets GO, a Reply or an exception as its result."""
         step = None if self._barrier is None else call.context.step
-        place = Place(step, group.kind)
-        twin = None if group.twin is None else self._twins.get((place, group.twin))
-        if twin is not None:
-            twin.waiters.append(waiter)
-            return twin
-        item = Item(call, place, group, waiter)
-        if group.twin is not None:
-            self._twins[place, group.twin] = item
-        size, tokens = self._measure(call)
         due = when_due(self._env.clock.monotonic(), self._limits.interval_s, call.deadline)
-        self._release(self._plan.add(place, item, due, size_bytes=size, tokens=tokens))
+        item = None if group.twin is None else self._twins.get((step, group.kind, group.twin))
+        if item is not None:
+            item.waiters[waiter] = call
+            self._plan.hasten(item, due)
+        else:
+            size, tokens = weight(call) if self._weighs else (0, 0)
+            item = Item(call, step, group, waiter)
+            if group.twin is not None:
+                self._twins[step, group.kind, group.twin] = item
+            self._release(self._plan.add(step, group.kind, item, due, size_bytes=size, tokens=tokens))
         if step is not None:
-            self._count_in(step, call.context.agent or item)
+            self._count_in(step, call.context.agent)
         else:
             self._flush_when_idle()
         self._arm(due.at)
@@ -98,7 +98,7 @@ class Gathering:
         """Nobody waits for this item any more."""
         if item.exchange is not None:
             item.exchange.cancel_if_forsaken()
-        elif self._plan.remove(item.place, item):
+        elif self._plan.remove(item):
             self._forget_twin(item)
 
     def over(self) -> None:
@@ -106,43 +106,35 @@ class Gathering:
         self._active -= 1
         self._flush_when_idle()
 
-    def _measure(self, call: Call) -> tuple[int, int]:
-        size = tokens = 0
-        if self._limits.max_bytes is not None:
-            size = len(repr(call.payload.get("messages", call.payload.get("prompt"))).encode())
-        if self._limits.max_tokens is not None:
-            tokens = prompt_tokens(call.payload) + (output_cap(call.payload) or 0)
-        return size, tokens
-
     def _forget_twin(self, item: Item) -> None:
         if item.group.twin is not None:
-            self._twins.pop((item.place, item.group.twin), None)
+            self._twins.pop((item.step, item.group.kind, item.group.twin), None)
 
     # ── flushing ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def tick(self) -> None:
         """Every agent of the step has asked: let everything go."""
         self._asked.clear()
-        self._release(self._plan.drain("barrier"))
+        self._release(self._plan.drain_all("barrier"))
 
-    def _count_in(self, step: int, who: object) -> None:
+    def _count_in(self, step: int, agent: str | None) -> None:
         asked = self._asked.setdefault(step, set())
-        asked.add(who)
+        asked.add(next(self._strangers) if agent is None else agent)
         if self._barrier is not None and len(asked) >= self._barrier:
             del self._asked[step]
-            self._release(self._plan.drain("barrier", lambda place: place.step == step))
+            self._release(self._plan.drain("barrier", step))
         elif len(self._asked) > _MAX_STEPS:  # steps that never became complete
             del self._asked[next(iter(self._asked))]
 
     def _flush_when_idle(self) -> None:
         # The others of this loop turn are collected; longer nobody waits, for the endpoint has nothing else to do.
-        if self._active == 0 and self._turn is None and len(self._plan) and not self._closed:
+        if self._active == 0 and self._turn is None and self._plan.has(None) and not self._closed:
             self._turn = asyncio.get_running_loop().call_soon(self._idle)
 
     def _idle(self) -> None:
         # Also if a full group went in the same turn: the rest of a burst that found the endpoint idle goes with it.
         self._turn = None
-        self._release(self._plan.drain("idle", lambda place: place.step is None))
+        self._flush(lambda: self._plan.drain("idle", None))
 
     def _arm(self, at: float | None) -> None:
         """Have the timer ring at that moment, or earlier."""
@@ -156,41 +148,51 @@ class Gathering:
     def _ring(self) -> None:
         self._timer = None
         # A timer may ring a clock tick early; what is due within a millisecond goes too.
-        self._release(self._plan.due(self._env.clock.monotonic() + _TICK_S))
+        self._flush(lambda: self._plan.due(self._env.clock.monotonic() + _TICK_S))
         self._arm(self._plan.next_at())
 
+    def _flush(self, decide: Callable[[], Sequence[Flush[Item]]]) -> None:
+        """Flush from a callback of the loop, where an error would reach nobody: it fails who waits, and we go on."""
+        try:
+            self._release(decide())
+        except Exception as error:  # noqa: BLE001 — whatever it was, nobody may wait for ever because of it
+            self._fail(self._plan.drain_all("failed"), functools.partial(own_error, error))
+
     def _release(self, flushes: Sequence[Flush[Item]]) -> None:
+        """Send groups. One that cannot even be started fails its callers and nobody else, and flushing goes on."""
         for flush in flushes:
             for item in flush.items:
                 self._forget_twin(item)
             self._env.emit(BatchFlushed(len(flush.items), flush.cause))
-            first = flush.items[0]
-            if len(flush.items) > 1 and first.group.joint and first.call.op in self._joint_ops:
-                self._start(flush.items)
-                continue
-            for item in flush.items:
-                self._start_alone(item)
+            try:
+                self._send(flush.items)
+            except Exception as error:  # noqa: BLE001 — as above
+                self._fail([flush], functools.partial(own_error, error))
 
-    def _start_alone(self, item: Item) -> None:
-        """One caller makes its own call; for several of the same question a task does."""
-        waiting = [waiter for waiter in item.waiters if not waiter.done()]
-        if len(waiting) == 1:
-            self._active += 1
-            waiting[0].set_result(GO)
-        elif waiting:
-            self._start((item,))
+    def _send(self, items: tuple[Item, ...]) -> None:
+        first = items[0]
+        if len(items) > 1 and first.group.joint and first.call.op in self._joint_ops:
+            self._start(items, Search(len(items), self._start))
+            return
+        for item in items:
+            waiting = [waiter for waiter, _ in item.waiting()]
+            if len(waiting) == 1:  # the caller makes the call, in its own context; of several nobody does
+                self._active += 1
+                waiting[0].set_result(GO)
+            elif waiting:
+                self._start((item,), Search(1, self._start))
 
-    def _start(self, items: tuple[Item, ...]) -> None:
-        self._active += 1
-        exchange = Exchange(self._inner, self._env, items, self._joint_ops, self._plan)
+    def _start(self, items: Sequence[Item], search: Search) -> None:
+        exchange = Exchange(self._inner, self._env, items, search, joint_ops=self._joint_ops, plan=self._plan)
         # Joint work belongs to none of its callers: no context variables of theirs.
         task = asyncio.get_running_loop().create_task(exchange.run(), context=contextvars.Context())
         exchange.task = task
+        self._active += 1
         self._tasks.add(task)
 
         def done(_: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            exchange.settle(closed_error)
+            exchange.settle(closed_error if self._closed else None)
             self.over()
 
         task.add_done_callback(done)
@@ -200,13 +202,11 @@ class Gathering:
     def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
         """Fail what waits for the same endpoint and model; how many calls."""
         wanted = (call.target, call.model)
-        return self._fail(
-            self._plan.drain("shed", lambda place: (place.kind.target, place.kind.model) == wanted), make_error
-        )
+        return self._fail(self._plan.drain_all("shed", lambda kind: (kind.target, kind.model) == wanted), make_error)
 
     def close(self, *, send: bool) -> None:
         """Nobody waits for mates any more: send what waits, or fail it with Closed; who comes later walks through."""
-        flushes = self._plan.drain("close")
+        flushes = self._plan.drain_all("close")
         if send:
             self._release(flushes)
         else:

@@ -9,16 +9,19 @@ import msgspec
 import pytest
 
 from llmmw import errors
-from llmmw.call import Call, Context, Reply
+from llmmw.answer import Usage
+from llmmw.call import Call, Context, Reply, Urgency
 from llmmw.env import Env
 from llmmw.events import BatchFlushed, Event
 from llmmw.layers.batch import Batcher, BoundBatcher
 from llmmw.layers.breaker import CircuitBreaker
 from llmmw.layers.coalesce import Coalescer
 from llmmw.layers.entrance import Entrance
+from llmmw.layers.limit import RateLimiter
 from llmmw.layers.retry import Retry
+from llmmw.stack import Stack
 from llmmw.testing.clock import ManualClock, manual_time
-from llmmw.testing.fake import FakeUpstream, chat_call, chat_chunks, error_reply
+from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, chat_chunks, error_reply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from llmmw.layers.base import Bound
 
 JOINT = frozenset({"batch:chat", "batch:complete"})
+
+
+class Broken(Exception):
+    """A bug of ours."""
 
 
 class BatchServer(FakeUpstream):
@@ -42,7 +49,14 @@ class BatchServer(FakeUpstream):
         prompts = [conversation[-1]["content"] for conversation in call.payload["messages"]]
         if any("bad" in prompt for prompt in prompts):
             return self.refusal
-        return Reply(data=joint_body(prompts), headers=(("content-length", "9"), ("x-request-id", "r")))
+        usage = Usage(10 * len(prompts), 2 * len(prompts), reported=True)
+        return Reply(data=joint_body(prompts), usage=usage, headers=(("content-length", "9"), ("x-request-id", "r")))
+
+
+class WithBatch(BatchServer):
+    """One that says what it can."""
+
+    capabilities = JOINT
 
 
 def joint_body(prompts: Sequence[str], **changes: Any) -> bytes:
@@ -160,10 +174,50 @@ async def test_batch_02_large_items_go_in_their_own_group(clock: ManualClock) ->
         events: list[Event] = []
         upstream = BatchServer()
         batcher = bound(upstream, clock, events, **options)
-        replies = await asyncio.gather(*start(batcher, "a", "b" * 100, "c" * 400))
-        assert [reply.ok for reply in replies] == [True] * 3
-        assert flushed(events)[-1] == (1, cause)
-        assert all(event[1] in {cause, "idle"} for event in flushed(events))
+        prompts = ["a", "b" * 100, "c" * 400, "d", "e"]
+        replies = await asyncio.gather(*start(batcher, *prompts))
+        assert [reply.text for reply in replies] == [f"echo: {prompt}" for prompt in prompts]
+        # "c" is above the limit: what waits goes before it, it goes alone, and what comes later is a new group.
+        assert flushed(events) == [(2, cause), (1, cause), (2, "idle")]
+        assert sizes(upstream) == [1, 2, 2] or sizes(upstream) == [2, 1, 2]
+
+
+def test_every_flush_reason_is_named_in_the_statistics() -> None:
+    clock = ManualClock()
+
+    async def main() -> None:
+        upstream = BatchServer(latency_s=0.2)
+        stack = Stack(Batcher(max_size=3, max_bytes=300, max_tokens=80, flush_interval=0.05, barrier=2))
+        async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
+
+            def ask(*prompts: str, **fields: Any) -> list[asyncio.Task[Reply]]:
+                return [asyncio.ensure_future(engine.call(chat_call(prompt, **fields))) for prompt in prompts]
+
+            tasks = ask("idle")
+            await asyncio.sleep(0.001)
+            tasks += ask("size", "size", "size") + ask("interval", temperature=1)
+            await asyncio.sleep(0.06)
+            tasks += ask("hurry", temperature=1, context=Context(deadline=clock.monotonic() + 0.05))
+            await asyncio.sleep(0.03)
+            tasks += ask("b" * 200, "b" * 200, "c") + ask("t", "u", max_tokens=79)
+            tasks += ask("x", context=Context(agent="a", step=1)) + ask("y", context=Context(agent="b", step=1))
+            tasks += ask("waits", context=Context(agent="a", step=2))
+            await asyncio.sleep(0.001)
+            engine.tick()
+            await asyncio.sleep(0.001)
+            tasks += ask("closing", context=Context(step=3))
+            await asyncio.sleep(0.001)
+            await engine.aclose()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            told = engine.get_performance_stats()
+            names = {name for name in told["layers"]["batch"] if name.startswith("flushed by ")}
+            causes = ("idle", "size", "bytes", "tokens", "interval", "deadline", "barrier", "close")
+            assert names == {f"flushed by {cause}" for cause in causes}
+            assert told["batched_requests"] == len(tasks)
+            assert told["batch_count"] == sum(told["layers"]["batch"][name] for name in names)
+
+    clock.run(main())
 
 
 @manual_time
@@ -178,7 +232,75 @@ async def test_batch_06_deadline_flushes_before_the_interval(clock: ManualClock)
         await asyncio.sleep(0.001)
     assert clock.monotonic() - began <= 0.05
     assert flushed(events)[-1] == (2, "deadline")
-    await asyncio.gather(busy, *tasks)
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        await tasks[1]
+    assert clock.monotonic() - began == pytest.approx(0.05)
+    assert caught.value.sent
+    assert all(reply.ok for reply in await asyncio.gather(busy, tasks[0]))
+    assert upstream.cancelled == 0
+
+
+@manual_time
+async def test_batch_06_twin_in_a_hurry_takes_the_item_along(clock: ManualClock) -> None:
+    events: list[Event] = []
+    upstream = BatchServer(latency_s=0.02)
+    batcher = bound(upstream, clock, events, flush_interval=0.5)
+    streams = start(batcher, "keep busy", temperature=1)
+    await asyncio.sleep(0.001)
+    upstream.latency_s = 0.01
+    streams += start(batcher, "a", temperature=0)
+    began = clock.monotonic()
+    hurried = start(batcher, "a", temperature=0, context=Context(deadline=began + 0.03))
+    assert (await hurried[0]).text == "echo: a"
+    assert clock.monotonic() - began < 0.03
+    assert flushed(events)[-1] == (1, "deadline")
+    await asyncio.gather(*streams)
+
+
+@manual_time
+async def test_shared_request_lasts_as_long_as_its_most_patient_caller(clock: ManualClock) -> None:
+    for fields in ({"temperature": 0}, {}):
+        upstream = BatchServer(latency_s=1)
+        batcher = bound(upstream, clock)
+        soon, later = clock.monotonic() + 0.5, clock.monotonic() + 3
+        hurried = start(batcher, "a", context=Context(deadline=soon), **fields)
+        patient = start(batcher, "a", context=Context(deadline=later), **fields)
+        outcomes = await asyncio.gather(*hurried, *patient, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [errors.DeadlineExceeded, Reply]
+        assert [call.deadline for call in upstream.calls] == [later]
+        assert len(upstream.calls) == 1
+
+
+@manual_time
+async def test_deadline_is_kept_while_waiting_for_room(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=5)
+    batcher = bound(upstream, clock, max_queue=1)
+    busy = await occupy(batcher)
+    began = clock.monotonic()
+    (outside,) = start(batcher, "a", context=Context(deadline=began + 0.05))
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        await outside
+    assert clock.monotonic() - began == pytest.approx(0.05)
+    assert not caught.value.sent
+    assert (await busy).ok
+    assert len(upstream.calls) == 1
+    assert (await batcher(chat_call("next"))).ok
+
+
+@manual_time
+async def test_flight_that_becomes_more_urgent_takes_its_request_along(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=1)
+    batcher = bound(upstream, clock)
+    urgency = Urgency(priority=5, deadline=clock.monotonic() + 60)
+    tasks = [asyncio.ensure_future(batcher(chat_call("a", context=Context(priority=5)).replace(urgency=urgency)))]
+    tasks += start(batcher, "b", context=Context(priority=5, deadline=clock.monotonic() + 30))
+    await asyncio.sleep(0.5)
+    (asked,) = upstream.calls
+    assert asked.priority == 5
+    urgency.join(Context(priority=-1))
+    assert (asked.priority, asked.deadline) == (-1, None)
+    await asyncio.gather(*tasks)
+    assert not urgency._listeners
 
 
 @manual_time
@@ -206,9 +328,63 @@ async def test_batch_10_incomplete_barrier_flushes_at_the_interval(clock: Manual
     await asyncio.gather(*start(batcher, "a", "b", "c", context=Context(step=1)))
     assert flushed(events) == [(3, "interval")]
     assert clock.monotonic() == pytest.approx(1001.25)
+    # The calls went, but that the agents have asked is remembered.
     late = start(batcher, "d", context=Context(step=1))
     await asyncio.gather(*late)
     assert flushed(events)[1:] == [(1, "barrier")]
+
+
+@manual_time
+async def test_barrier_counts_agents_that_ask_the_same(clock: ManualClock) -> None:
+    events: list[Event] = []
+    upstream = BatchServer()
+    batcher = bound(upstream, clock, events, barrier=3, flush_interval=10)
+    tasks = [start(batcher, "same", temperature=0, context=Context(agent=name, step=1))[0] for name in "abc"]
+    replies = await asyncio.gather(*tasks)
+    assert [reply.text for reply in replies] == ["echo: same"] * 3
+    assert flushed(events) == [(1, "barrier")]
+    assert len(upstream.calls) == 1
+
+
+@manual_time
+async def test_barrier_does_not_wait_for_an_agent_that_asked_and_died(clock: ManualClock) -> None:
+    events: list[Event] = []
+    batcher = bound(BatchServer(), clock, events, barrier=3, flush_interval=10)
+    tasks = [start(batcher, name, context=Context(agent=name, step=1))[0] for name in "ab"]
+    await asyncio.sleep(0.1)
+    tasks[0].cancel()
+    tasks += start(batcher, "c", context=Context(agent="c", step=1))
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(outcomes[0], asyncio.CancelledError)
+    assert flushed(events) == [(2, "barrier")]
+    assert clock.monotonic() < 1002
+
+
+@manual_time
+async def test_an_agent_that_asks_twice_counts_once(clock: ManualClock) -> None:
+    events: list[Event] = []
+    batcher = bound(BatchServer(), clock, events, barrier=2, flush_interval=10)
+    tasks = [start(batcher, prompt, context=Context(agent="a", step=1))[0] for prompt in ("x", "y")]
+    await asyncio.sleep(0.1)
+    assert flushed(events) == []
+    tasks += start(batcher, "z", context=Context(agent="b", step=1))
+    await asyncio.gather(*tasks)
+    assert flushed(events) == [(3, "barrier")]
+
+
+@manual_time
+async def test_barrier_of_one_step_leaves_the_others_waiting(clock: ManualClock) -> None:
+    events: list[Event] = []
+    upstream = BatchServer()
+    batcher = bound(upstream, clock, events, barrier=2, flush_interval=10)
+    next_step = start(batcher, "early", context=Context(agent="a", step=2))
+    tasks = [start(batcher, name, context=Context(agent=name, step=1))[0] for name in "ab"]
+    free = start(batcher, "free")
+    await asyncio.gather(*tasks, *free)
+    assert sorted(flushed(events)) == [(1, "idle"), (2, "barrier")]
+    assert not next_step[0].done()
+    batcher.tick()
+    assert (await next_step[0]).ok
 
 
 @manual_time
@@ -340,6 +516,36 @@ def test_batch_03_bad_item_is_found_and_the_others_answered(position: int) -> No
 
 
 @manual_time
+async def test_batch_03_refused_half_that_nobody_waits_for_is_cancelled(clock: ManualClock) -> None:
+    upstream = BatchServer()
+    batcher = bound(upstream, clock)
+    tasks = start(batcher, "bad", *map(str, range(7)))
+    await asyncio.sleep(1.5)  # two requests of four are under way
+    assert upstream.in_flight == 2
+    for task in tasks[4:]:
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert (upstream.in_flight, upstream.cancelled) == (1, 1)
+    replies = await asyncio.gather(*tasks[:4])
+    assert [reply.status for reply in replies] == [400, 200, 200, 200]
+    assert batcher.gauges()["active"] == 0
+
+
+@manual_time
+async def test_closing_during_the_search_leaves_nobody_waiting(clock: ManualClock) -> None:
+    upstream = BatchServer()
+    batcher = bound(upstream, clock)
+    tasks = start(batcher, "bad", *map(str, range(7)))
+    await asyncio.sleep(2.5)
+    batcher.closing()
+    await batcher.aclose()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} <= {Reply, errors.Closed}
+    assert upstream.in_flight == 0
+    assert not batcher._gathering._tasks
+
+
+@manual_time
 async def test_many_bad_items_end_as_single_calls(clock: ManualClock) -> None:
     upstream = BatchServer()
     prompts = ["bad" if number % 2 else str(number) for number in range(16)]
@@ -364,6 +570,54 @@ async def test_unreadable_joint_answer_fails_everybody(clock: ManualClock) -> No
         *start(bound(FakeUpstream([Reply(data=b"<html>")]), clock), "a", "b"), return_exceptions=True
     )
     assert [type(outcome) for outcome in outcomes] == [errors.ProtocolError] * 2
+
+
+@manual_time
+async def test_stream_in_place_of_a_joint_answer_is_closed(clock: ManualClock) -> None:
+    chunks = ScriptedChunks(chat_chunks("x"))
+    batcher = bound(FakeUpstream([Reply(chunks=chunks)]), clock)
+    outcomes = await asyncio.gather(*start(batcher, "a", "b"), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.ProtocolError] * 2
+    assert chunks.closed
+
+
+@manual_time
+async def test_every_agent_is_told_its_part_of_the_tokens(clock: ManualClock) -> None:
+    stack = Stack(Batcher())
+    async with stack.bind(WithBatch(), env=Env(clock=clock, seed=1)) as engine:
+        calls = [chat_call(name, context=Context(agent=name)) for name in "abc"]
+        replies = await asyncio.gather(*map(engine.call, calls))
+        stats = engine.get_performance_stats()
+    assert {reply.source for reply in replies} == {"batch"}
+    told = {name: (found["tokens_in"], found["tokens_out"]) for name, found in stats["by_agent"].items()}
+    assert told == dict.fromkeys("abc", (10, 2))
+    assert (stats["tokens_in"], stats["tokens_out"], stats["upstream_requests"]) == (30, 6, 1)
+
+
+@manual_time
+async def test_limiter_charges_one_request_and_everybodys_tokens(clock: ManualClock) -> None:
+    stack = Stack(Batcher(), RateLimiter(rpm=600, tpm=100_000, concurrency=64))
+    upstream = WithBatch(latency_s=1)
+    async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
+        tasks = [asyncio.ensure_future(engine.call(chat_call("x" * 400, max_tokens=50))) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        limit = engine.get_performance_stats()["layers"]["limit"]
+        assert limit["in_use"] == 1
+        await asyncio.gather(*tasks)
+        stats = engine.get_performance_stats()
+    assert stats["layers"]["limit"]["in_use"] == 0
+    assert (stats["upstream_requests"], stats["tokens_in"], stats["tokens_out"]) == (1, 80, 16)
+
+
+@manual_time
+async def test_retry_of_a_failed_exchange_costs_the_budget_once(clock: ManualClock) -> None:
+    upstream = WithBatch()
+    upstream._script = [error_reply(500)]
+    env = Env(clock=clock, seed=1).endowed(JOINT)
+    upstream.start(env)
+    retry = Retry(attempts=2, budget=10).bind(Batcher().bind(upstream, env), env)
+    replies = await asyncio.gather(*start(retry, *map(str, range(16))))
+    assert {reply.status for reply in replies} == {200}
 
 
 @manual_time
@@ -649,13 +903,50 @@ async def test_broken_exchange_fails_its_callers(clock: ManualClock, monkeypatch
     from llmmw.layers import exchange
 
     def broken(*_: object) -> None:
-        raise RuntimeError("a bug of ours")
+        raise Broken("a bug of ours")
 
     monkeypatch.setattr(exchange, "joint_call", broken)
     batcher = bound(BatchServer(), clock)
     outcomes = await asyncio.gather(*start(batcher, "a", "b"), return_exceptions=True)
-    assert [str(outcome) for outcome in outcomes] == ["a bug of ours"] * 2
+    assert [type(outcome) for outcome in outcomes] == [Broken] * 2
     assert (await batcher(chat_call("c"))).ok
+
+
+@pytest.mark.parametrize("where", ["Exchange", "due", "drain"])
+def test_dying_flusher_fails_its_waiters_and_goes_on(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    from llmmw.algo.batchplan import Plan
+    from llmmw.layers import gather
+
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        batcher = bound(BatchServer(), clock)
+        busy = [] if where == "drain" else [await occupy(batcher)]
+
+        def broken(*_: object, **__: object) -> None:
+            raise Broken("a bug of ours")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gather if where == "Exchange" else Plan, where, broken)
+            outcomes = await asyncio.gather(*start(batcher, "a", "a", "b", temperature=0), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Broken] * 3
+        assert len({id(outcome) for outcome in outcomes}) == 3
+        replies = await asyncio.gather(*busy, *start(batcher, "c", "d"))
+        assert all(reply.ok for reply in replies)
+        assert batcher.gauges() == {"waiting": 0, "active": 0, "joint": True}
+        assert not batcher._gathering._twins
+
+    run()
+
+
+@manual_time
+async def test_exchange_cancelled_by_a_stranger_is_a_typed_error(clock: ManualClock) -> None:
+    batcher = bound(BatchServer(), clock)
+    tasks = start(batcher, "a", "b")
+    await asyncio.sleep(0.5)
+    for task in batcher._gathering._tasks:
+        task.cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.AmbiguousOutcome] * 2
 
 
 @manual_time

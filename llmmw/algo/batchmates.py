@@ -1,0 +1,190 @@
+"""Which calls may travel together, what they ask jointly, and whose part of a joint answer is whose. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import msgspec
+
+from llmmw.algo.estimate import output_cap, prompt_tokens
+from llmmw.answer import Usage, items, mapping, text_of, usage_of
+from llmmw.context import Urgency
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from llmmw.call import Call
+
+_PROMPT = {"chat": "messages", "complete": "prompt"}
+"""The field in which calls of one group may differ."""
+
+_APART = frozenset({
+    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "ignore_eos", "min_tokens", "best_of",
+    "echo", "suffix", "stream_options",
+})  # fmt: skip
+"""Fields that a joint request ignores or gets wrong (vLLM's batch chat drops tools and ignore_eos silently)."""
+
+
+class Kind(NamedTuple):
+    """What calls that travel together have in common."""
+
+    op: str
+    model: str
+    target: str
+    namespace: str
+    tenant: str | None
+    variant: tuple[tuple[str, str], ...]
+    priority: int
+    headers: tuple[tuple[str, str], ...] = ()
+    """Headers that the caller added (a client's call carries them as `native`)."""
+    rest: bytes = b""
+    """Everything else of the body but the prompt."""
+
+
+class Grouping(msgspec.Struct, frozen=True):
+    """Where a call belongs."""
+
+    kind: Kind
+    joint: bool
+    """Whether they may share one request, where the endpoint takes that."""
+    twin: bytes | None = None
+    """Calls of one group and twin have one answer (temperature 0, same prompt); None: every call has its own."""
+
+
+def grouping(call: Call) -> Grouping | None:
+    """The group of a call, or None for one that always goes alone (a stream, n > 1, tools, unknown operations).
+
+    A transport edge's own request never shares one: its headers hold the credential.
+    """
+    if call.stream or call.direct:
+        return None
+    kind = Kind(call.op, call.model, call.target, call.namespace, call.context.tenant, call.variant, call.priority)
+    if call.op == "function":
+        return Grouping(kind, joint=False)
+    field = _PROMPT.get(call.op)
+    if field is None or call.payload.get("n") not in {None, 1} or not _APART.isdisjoint(call.payload):
+        return None
+    if not _is_one_prompt(call.payload.get(field)):
+        return None
+    # In the order they were given below the first level: that of a schema's fields can change the answer.
+    rest = [pair for pair in sorted(call.payload.items()) if pair[0] not in {field, "stream"}]
+    try:
+        shared = msgspec.json.encode(rest)
+        twin = msgspec.json.encode(call.payload[field]) if call.payload.get("temperature") == 0 else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+    native: Any = call.native
+    headers = cast("tuple[tuple[str, str], ...]", native) if isinstance(native, tuple) else ()
+    return Grouping(kind._replace(headers=headers, rest=shared), joint=native is None or native is headers, twin=twin)
+
+
+def _is_one_prompt(prompt: object) -> bool:
+    """A conversation, a text or a list of token ids; not already a list of several."""
+    if isinstance(prompt, str):
+        return True
+    found = items(prompt)
+    return bool(found) and isinstance(found[0], dict | int)
+
+
+def weight(call: Call) -> tuple[int, int]:
+    """What a call adds to a group: bytes of its prompt as JSON, and tokens of prompt and permitted output.
+
+    Of what is no JSON (a function's arguments) the texts count.
+    """
+    tokens = prompt_tokens(call.payload)
+    try:
+        size = len(msgspec.json.encode(call.payload[_PROMPT[call.op]] if call.op in _PROMPT else call.payload))
+    except (TypeError, ValueError, RecursionError):
+        size = 4 * tokens
+    return size, tokens + (output_cap(call.payload) or 0)
+
+
+def urgency_of(calls: Iterable[Call]) -> Urgency:
+    """How urgent work for all of them is: the smallest priority, and time until the last of them gives up."""
+    every = list(calls)
+    deadlines = [call.deadline for call in every]
+    latest = None if None in deadlines else max(moment for moment in deadlines if moment is not None)
+    return Urgency(min(call.priority for call in every), latest)
+
+
+def joint_call(calls: Sequence[Call], urgency: Urgency) -> Call:
+    """One call for several of one group: "chat" becomes "chat_batch", "complete" gets a list of prompts.
+
+    It belongs to nobody: neither agent nor sample nor tags.
+    """
+    first = calls[0]
+    field = _PROMPT[first.op]
+    waits = [call.rate_wait_s for call in calls]
+    patience = None if None in waits else max(wait for wait in waits if wait is not None)
+    return first.within(agent=None, sample=None, tags=(), priority=urgency.priority, deadline=urgency.deadline).replace(
+        op="chat_batch" if first.op == "chat" else first.op,
+        payload={**first.payload, field: [call.payload[field] for call in calls]},
+        urgency=urgency,
+        key=b"",
+        fill=None,
+        rate_wait_s=patience,
+    )
+
+
+def split_answer(body: object, calls: Sequence[Call]) -> list[tuple[dict[str, Any], Usage] | str]:
+    """Each call's own answer in a joint one, in order: (body, usage), or why it has none.
+
+    Choices are matched by index; a missing or repeated index fails its call only, an unknown one nobody. The usage,
+    reported once for all, is divided in proportion to the lengths of prompts and answers, without losing a token.
+    """
+    root = mapping(body)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for choice in map(mapping, items(root.get("choices"))):
+        index = choice.get("index")
+        if isinstance(index, int) and not isinstance(index, bool):
+            found.setdefault(index, []).append(choice)
+    bodies = [{**root, "choices": [{**choice, "index": 0} for choice in found.get(i, ())]} for i in range(len(calls))]
+    usages = _divide_usage(usage_of(root), calls, bodies)
+    parts: list[tuple[dict[str, Any], Usage] | str] = []
+    for own, usage in zip(bodies, usages, strict=True):
+        count = len(own["choices"])
+        if count != 1:
+            parts.append(f"{count} answers instead of one in the batch's answer")
+            continue
+        if usage.reported:
+            told = {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens}
+            own["usage"] = {**told, "total_tokens": usage.total_tokens}
+        parts.append((own, usage))
+    return parts
+
+
+def _divide_usage(usage: Usage, calls: Sequence[Call], bodies: Sequence[dict[str, Any]]) -> list[Usage]:
+    lengths = [len(repr(call.payload[_PROMPT[call.op]])) for call in calls]
+    outputs = [len(text_of(own)) + 1 if own["choices"] else 0 for own in bodies]
+    inputs = divide(usage.input_tokens, lengths)
+    cached = divide(usage.cached_tokens, inputs)
+    written = divide(usage.output_tokens, outputs)
+    return [Usage(*part, reported=usage.reported) for part in zip(inputs, written, cached, strict=True)]
+
+
+def divide(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole shares in proportion to the weights that add up to `total` (largest remainders first)."""
+    weight = sum(weights)
+    if weight == 0:
+        weights, weight = [1] * len(weights), len(weights)
+    shares = [total * part // weight for part in weights]
+    rest = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % weight), i))
+    for index in rest[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def bisect_budget(size: int) -> int:
+    """How many extra requests the search for bad items among `size` may take: 2 * log2(size) + 1, rounded down."""
+    return (size * size).bit_length()
+
+
+def pieces_of(size: int, budget: int) -> list[int]:
+    """Into how many parts of which sizes a refused group of at least two is divided, to find who spoilt it.
+
+    Halves; three go one by one, which finds one bad item in fewer requests (and keeps the bound for every size). What
+    the budget does not cover goes one by one too: everybody still gets an outcome of their own.
+    """
+    if size <= 3 or budget < 2:  # noqa: PLR2004 — see above
+        return [1] * size
+    return [size // 2, size - size // 2]
