@@ -93,13 +93,14 @@ def _texts(body: dict[str, Any]) -> Iterator[str]:
         entry = mapping(choice)
         message = mapping(entry.get("message")) or mapping(entry.get("delta"))
         content = message.get("content") if message else entry.get("text")
-        yield from _content_texts(content)
-    yield from _content_texts(body.get("content"))
+        yield from content_texts(content)
+    yield from content_texts(body.get("content"))
     for block in items(body.get("output")):
-        yield from _content_texts(mapping(block).get("content"))
+        yield from content_texts(mapping(block).get("content"))
 
 
-def _content_texts(content: object) -> Iterator[str]:
+def content_texts(content: object) -> Iterator[str]:
+    """The texts in a message's content, which is one text or a list of parts."""
     if isinstance(content, str):
         yield content
     for part in items(content):
@@ -183,50 +184,4 @@ def problem_with(op: str, body: object) -> str | None:
         return f"no {expected!r} list in the body"
     if not value and op in {"chat", "complete", "embed"}:
         return f"{expected!r} is empty"
-    return None
-
-
-def _tool_calls_parse(message: dict[str, Any]) -> bool:
-    calls = [mapping(call).get("function") for call in items(message.get("tool_calls"))]
-    calls.append(message.get("function_call"))
-    for function in calls:
-        arguments = mapping(function).get("arguments")
-        if isinstance(arguments, str) and arguments:
-            try:
-                msgspec.json.decode(arguments)
-            except (msgspec.DecodeError, UnicodeError):
-                return False
-    return True
-
-
-def _choice_is_whole(choice: object) -> bool:
-    entry = mapping(choice)
-    message = mapping(entry.get("message"))
-    if message.get("refusal"):
-        return False
-    has_calls = bool(message.get("tool_calls") or message.get("function_call"))
-    has_text = bool("".join(_content_texts(message.get("content") if message else entry.get("text"))))
-    return (has_text or has_calls) and _tool_calls_parse(message)
-
-
-def why_not_storable(op: str, body: object) -> str | None:
-    """Why a 2xx answer must not be cached (SPEC 1, *Storing*), or None when it may be."""
-    problem = problem_with(op, body)
-    if problem is not None:
-        return problem
-    root = mapping(body)
-    if op in {"chat", "complete"}:
-        choices = items(root.get("choices"))
-        for choice in choices:
-            reason = mapping(choice).get("finish_reason")
-            if reason not in COMPLETE_FINISHES:
-                return f"finish_reason {reason!r}"
-        if not all(_choice_is_whole(choice) for choice in choices):
-            return "a choice without content, with a refusal or with cut-off tool arguments"
-    elif op in {"messages", "responses"}:
-        reason = root.get("stop_reason") if op == "messages" else root.get("status")
-        if reason not in COMPLETE_FINISHES:
-            return f"stop reason {reason!r}"
-        if not (root.get("content") or root.get("output")):
-            return "no content"
     return None

@@ -72,6 +72,11 @@ class Codec:
         raise Undecodable("unknown form")
 
 
+def json_of(data: bytes) -> bytes:
+    """The JSON within an encoded value, whatever its class."""
+    return data[1:] if data[:1] == _JSON_TAG else data.partition(b"\n")[2]
+
+
 def _name_of(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -14,7 +14,6 @@ from llmmw.answer import (
     text_in,
     text_of,
     usage_of,
-    why_not_storable,
 )
 
 anything = st.recursive(
@@ -39,50 +38,7 @@ def test_no_body_makes_the_readers_raise(body, op):
     usage = usage_of(body)
     assert 0 <= usage.input_tokens <= MAX_TOKENS_REPORTED
     assert isinstance(finish_reasons(body), list)
-    if problem_with(op, body) is not None:
-        assert why_not_storable(op, body) is not None
-
-
-def chat(**choice):
-    return {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop", **choice}]}
-
-
-CUT = [{"function": {"name": "f", "arguments": '{"x": '}}]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        chat(finish_reason="length"),
-        chat(finish_reason="content_filter"),
-        chat(finish_reason=None),
-        chat(message={"content": ""}),
-        chat(message={"content": None}),
-        chat(message={"content": "no", "refusal": "I will not"}),
-        chat(message={"tool_calls": CUT}, finish_reason="tool_calls"),
-        {"choices": []},
-        {"error": {"message": "x"}, "choices": [{}]},
-        "text",
-    ],
-    ids=str,
-)
-def test_cache_11_and_12_what_is_not_whole_is_not_storable(body):
-    assert why_not_storable("chat", body) is not None
-
-
-def test_whole_answers_of_every_shape_are_storable():
-    whole = [{"function": {"name": "f", "arguments": '{"x": 1}'}}]
-    assert why_not_storable("chat", chat()) is None
-    assert (
-        why_not_storable("chat", chat(message={"content": None, "tool_calls": whole}, finish_reason="tool_calls"))
-        is None
-    )
-    assert why_not_storable("complete", {"choices": [{"text": "hi", "finish_reason": "stop"}]}) is None
-    assert why_not_storable("embed", {"data": [{"embedding": [1.0]}]}) is None
-    assert why_not_storable("messages", {"content": [{"text": "hi"}], "stop_reason": "end_turn"}) is None
-    assert why_not_storable("messages", {"content": [{"text": "hi"}], "stop_reason": "max_tokens"}) is not None
-    assert why_not_storable("responses", {"output": [{"content": [{"text": "x"}]}], "status": "completed"}) is None
-    assert why_not_storable("messages", {"content": [], "stop_reason": "end_turn"}) is not None
+    assert problem_with(op, body) is None or isinstance(problem_with(op, body), str)
 
 
 def test_usage_of_each_provider():
@@ -120,7 +76,7 @@ def test_text_in_what_is_no_json_fails_as_decoding_does():
 
 
 def test_text_of_each_shape():
-    assert text_of(chat()) == "hi"
+    assert text_of({"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}) == "hi"
     assert text_of({"choices": [{"text": "a"}, {"text": "b"}]}) == "a"
     assert text_of({"choices": [{"delta": {"content": "d"}}]}) == "d"
     assert text_of({"content": [{"type": "text", "text": "c"}]}) == "c"

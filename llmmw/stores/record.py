@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from llmmw.answer import why_not_storable
 from llmmw.call import Item, Reply
+from llmmw.codec import json_of
 from llmmw.stores.entry import Entry, Header
+from llmmw.stores.storable import NOTHING_ASKED, event_shape_of, shape_of, why_not_storable
 from llmmw.stream import Replay
-from llmmw.wire.assemble import assemble, cut, without_usage_event
+from llmmw.wire.assemble import DONE, assemble, cut, without_usage_event
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from llmmw.answer import Usage
     from llmmw.call import Call, Chunk
@@ -60,12 +61,7 @@ def record_reply(call: Call, reply: Reply, making: Making) -> Entry:
     if data is None:
         raise NotStorable("no encoded form")
     if reply.status in _SUCCESS:
-        if call.op != "function":
-            try:
-                body: object = msgspec.json.decode(data)
-            except (msgspec.DecodeError, RecursionError):
-                raise NotStorable("not JSON") from None
-            _judge(call.op, body)
+        _judge_whole(call, data)
     elif reply.status not in NEGATIVE_STATUSES:
         raise NotStorable("refused")
     return Entry(_header(call, reply, making, reply.usage), data)
@@ -85,8 +81,10 @@ def record_stream(call: Call, reply: Reply, chunks: Sequence[Chunk], usage: Usag
         raise NotStorable("no encoded form")
     held = cast("list[bytes]", pieces)
     data = b"".join(held)
-    if call.op != "function":
-        _judge_stream(call.op, data)
+    if call.op == "function":
+        _judge_items(held)
+    else:
+        _judge_stream(call.op, data, call.payload)
     header = _header(call, reply, making, usage)
     cuts = tuple(map(len, held))
     return Entry(msgspec.structs.replace(header, cuts=cuts, items=of_items, stream_usage=_asks_usage(call)), data)
@@ -107,15 +105,40 @@ def _header(call: Call, reply: Reply, making: Making, usage: Usage) -> Header:
     )
 
 
-def _judge(op: str, body: object) -> None:
-    problem = why_not_storable(op, body)
+def _judge_whole(call: Call, data: bytes) -> None:
+    is_value = call.op == "function"
+    try:
+        body: object = msgspec.json.decode(json_of(data) if is_value else data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise NotStorable("not JSON") from None
+    if not is_value:
+        _judge(call.op, body, call.payload)
+    elif body is None or body == "":
+        raise NotStorable("no content")
+    else:
+        _judge(shape_of(body), body)  # many functions return what their SDK gave them
+
+
+def _judge(op: str, body: object, asked: Mapping[str, Any] = NOTHING_ASKED) -> None:
+    problem = why_not_storable(op, body, asked)
     if problem is not None:
         # A server may invent finish reasons without end, and whoever counts them would keep them all.
         is_invented = " reason" in problem.replace("_", " ")[:14] and problem not in _COUNTED
         raise NotStorable("unknown finish_reason" if is_invented else problem)
 
 
-def _judge_stream(op: str, data: bytes) -> None:
+def _judge_items(held: Sequence[bytes]) -> None:
+    """What a generator gave; many pass on the events of their SDK."""
+    if not held:
+        raise NotStorable("no content")
+    events = [json_of(piece) for piece in held]
+    op = event_shape_of(msgspec.json.decode(events[0]))
+    if op:
+        end = DONE if op in {"chat", "complete"} else b""  # which SDKs keep to themselves
+        _judge_stream(op, b"".join(b"data: " + event + b"\n\n" for event in events) + end, NOTHING_ASKED)
+
+
+def _judge_stream(op: str, data: bytes, asked: Mapping[str, Any]) -> None:
     watch = StreamWatch(op, max_line_bytes=max(len(data), 1))
     watch.feed(data)
     missing = watch.missing()
@@ -126,7 +149,7 @@ def _judge_stream(op: str, data: bytes) -> None:
     found = assemble(op, data)
     if found is None:
         raise NotStorable("a stream that cannot be judged")
-    _judge(op, found.body)
+    _judge(op, found.body, asked)
 
 
 def is_whole(op: str, chunks: Sequence[Chunk]) -> bool:
