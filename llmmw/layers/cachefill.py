@@ -7,21 +7,21 @@ import contextvars
 import math
 from typing import TYPE_CHECKING, Literal, cast
 
-from llmmw.events import CacheHit, CacheSkipped, CacheStored
+from llmmw.events import CacheHit, CacheSkipped, CacheStored, Warned
 from llmmw.fault import FaultKind, classify
-from llmmw.stores.record import Making, NotStorable, is_whole, record_reply, record_stream
+from llmmw.layers.filling import Fill
+from llmmw.stores.record import Making
 from llmmw.stores.record import play as play_entry
-from llmmw.stream import Tap
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Chunk, Handler, Reply
+    from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
     from llmmw.keys import Draw, Sharing
     from llmmw.layers.cache import TTLCache
     from llmmw.stores.entry import Entry
+    from llmmw.stores.lease import Lease, Leases
     from llmmw.stores.memory import Resident
     from llmmw.stores.tiered import TieredStore
-    from llmmw.stream import End
 
 State = Literal["fresh", "due", "stale", "expired"]
 
@@ -55,6 +55,7 @@ class Filler:
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
         self._shut: set[str] = set()
+        self._told = False
         self._refreshes: dict[bytes, asyncio.Task[None]] = {}
 
     def is_shut(self, namespace: str) -> bool:
@@ -141,9 +142,18 @@ class Filler:
         spread = 1.0 + settings.jitter * (2.0 * self.env.rng.random() - 1.0) if settings.jitter else 1.0
         return Making(draw.base, self.env.clock.wall(), ttl_s * spread, reply.service_s + extra_s)
 
-    def keep(self, draw: Draw, entry: Entry, since: int) -> None:
-        """Store an entry, unless its request was invalidated since the fill began."""
-        if self.store.put(draw.key, entry, since=since):
+    def leases(self) -> Leases | None:
+        """Who of several processes asks upstream, where the cache has a directory and stores."""
+        backing = self.store.backing
+        if backing is None and not self._told:
+            self._told = True
+            text = "Coalescer(lease=) does nothing here: processes meet in the cache's directory, TTLCache(directory=)"
+            self.env.emit(Warned("coalesce: lease", text))
+        return backing.leases if backing is not None and self._stores else None
+
+    def keep(self, draw: Draw, entry: Entry, since: int, lease: Lease | None) -> None:
+        """Store an entry, unless its request was invalidated since the fill began or the lease was lost."""
+        if self.store.put(draw.key, entry, since=since, lease=lease):
             self.env.emit(CacheStored(entry.size))
         else:
             self.env.emit(CacheSkipped("too large or invalidated"))
@@ -182,100 +192,3 @@ class Filler:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-
-class Fill:
-    """One answer on its way into the cache."""
-
-    def __init__(self, filler: Filler, call: Call, draw: Draw, *, renews: bool = False) -> None:
-        self._filler = filler
-        self._call = call
-        self._draw = draw
-        self._looks = filler.reads and not renews
-        self._since = filler.store.generation
-        self.done = False
-
-    async def begin(self, lease_s: float | None) -> Reply | None:
-        """The answer, where another flight stored it between its caller's look and now."""
-        del lease_s
-        return self._found(self._filler.store.peek(self._draw.key)) if self._looks else None
-
-    def _found(self, resident: Resident | None) -> Reply | None:
-        filler, call = self._filler, self._call
-        if resident is None or filler.is_shut(call.namespace) or filler.state_of(resident) not in {"fresh", "due"}:
-            return None
-        reply = play_entry(resident.entry, call)
-        if reply is not None:
-            self.done = True
-            header = resident.entry.header
-            filler.env.emit(CacheHit("memory", header.usage, header.cost_s, agent=call.context.agent))
-        return reply
-
-    def failed(self) -> None:
-        """Nothing came, so there is nothing to store."""
-
-    def answered(self, reply: Reply) -> Reply:
-        """Store a whole answer, or record a stream while it is read. Called once, by whoever owns the answer."""
-        self.done = True
-        filler, call = self._filler, self._call
-        filler.note_credential(call, reply)
-        reason = filler.why_not(reply)
-        if reason is not None:
-            if reason != "mode":
-                filler.env.emit(CacheSkipped(reason))
-            return reply
-        if reply.chunks is not None:
-            recorder = Recorder(filler, call, reply, self._draw, self._since)
-            return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
-        try:
-            entry = record_reply(call, reply, filler.making(self._draw, reply))
-        except NotStorable as error:
-            filler.env.emit(CacheSkipped(error.reason))
-        else:
-            filler.keep(self._draw, entry, self._since)
-        return reply
-
-
-class Recorder:
-    """Keeps the chunks of a passing stream, and stores them if it ended well."""
-
-    def __init__(self, filler: Filler, call: Call, reply: Reply, draw: Draw, since: int) -> None:
-        self._filler = filler
-        self._call = call
-        self._reply = reply
-        self._draw = draw
-        self._since = since
-        self._began = filler.env.clock.monotonic()
-        self._chunks: list[Chunk] | None = []
-        self._room = filler.store.max_item_bytes
-
-    def add(self, chunk: Chunk) -> None:
-        """One more chunk; a stream too large to be stored is not kept in memory either."""
-        if self._chunks is None:
-            return
-        data = chunk if isinstance(chunk, bytes) else chunk.data
-        self._room -= len(data) if data is not None else 0
-        if self._room < 0 or data is None:
-            self._chunks = None
-            self._filler.env.emit(CacheSkipped("no encoded form" if data is None else "too large"))
-        else:
-            self._chunks.append(chunk)
-
-    def ended(self, end: End) -> None:
-        """The stream is over."""
-        filler, chunks, self._chunks = self._filler, self._chunks, None
-        if end.how == "failed":
-            filler.sharing.give_back(self._draw)
-        if chunks is None:
-            return
-        finished = end.how == "finished" or (end.how != "failed" and is_whole(self._call.op, chunks))
-        took = filler.env.clock.monotonic() - self._began
-        try:
-            if not finished:
-                raise NotStorable(f"stream {end.how}")  # noqa: TRY301 — one place that tells why
-            making = filler.making(self._draw, self._reply, took)
-            entry = record_stream(self._call, self._reply, chunks, end.usage, making)
-        except NotStorable as error:
-            filler.env.emit(CacheSkipped(error.reason))
-        else:
-            filler.keep(self._draw, entry, self._since)

@@ -12,18 +12,17 @@ nor the entry. The cache stores no reply whose source is "coalesced".
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
 from llmmw.events import Coalesced
 from llmmw.interrupt import until_deadline
 from llmmw.keys import Sharing, Uncacheable, key_of
 from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.flight import Flight, current_flight
+from llmmw.layers.flight import Flight, current_flight, discard, own_outcome
 from llmmw.order import Role
-from llmmw.settings import settings, whole
+from llmmw.settings import positive_seconds, settings, whole
 from llmmw.stream import at_end
-from llmmw.stream.copies import NotCopyable, own_error, own_reply
 from llmmw.stream.tee import Tee
 
 if TYPE_CHECKING:
@@ -43,22 +42,31 @@ class Coalescer(Positioned):
     Followers get their own copy of the reply with source "coalesced", or their own exception (same type, caused by
     the leader's). Followers of a stream get it from the beginning, whenever they join.
 
+    Processes that share a cache directory each make the call once, unless there is a `lease`: then one makes it and the
+    others wait for its entry (looking again up to every 0.2 s). A process that dies or stands still loses its lease
+    when it ends; that costs a second call, and what it would store later is refused.
+
     Args:
         finish_orphans: finish a call that everybody stopped waiting for, so that the cache has it; else it is
             cancelled, which frees the server.
         buffer_bytes: how much of a stream is kept per flight for slow or late readers. A reader that falls further
             behind gets StreamInterrupted; once a stream is longer, newcomers make their own call.
+        lease: seconds (or text such as "10s") after which a process that stands still loses its place; at most half
+            the lifetime of the cache's answers. Renewed while the call runs. Needs `TTLCache(directory=)`.
 
     Raises:
-        ConfigError: `buffer_bytes` is not a whole number of at least 1.
+        ConfigError: `buffer_bytes` is not a whole number of at least 1, `lease` no duration above zero.
     """
 
     role: ClassVar[Role] = Role.COALESCE
     finish_orphans: bool = False
     buffer_bytes: int = 8 * 1024 * 1024
+    lease: float | str | None = None
 
     def __post_init__(self) -> None:
         whole("Coalescer(buffer_bytes=)", self.buffer_bytes)
+        if self.lease is not None:
+            object.__setattr__(self, "lease", positive_seconds("Coalescer(lease=)", self.lease))
 
     def bind(self, inner: Handler, env: Env) -> BoundCoalescer:
         """An empty table of flights."""
@@ -178,7 +186,7 @@ class BoundCoalescer(Bound):
             landed = await waiter
         except asyncio.CancelledError:
             if not waiter.cancelled():  # answered and cancelled in one loop turn
-                await _discard(waiter.result())
+                await discard(waiter.result())
             raise
         finally:
             if timer is not None:
@@ -234,7 +242,7 @@ class BoundCoalescer(Bound):
     async def _obtain(self, call: Call, fill: Filling | None) -> Reply:
         if fill is None:
             return await self.inner(call)
-        found = await fill.begin(None)
+        found = await fill.begin(cast("float | None", self._options.lease))
         if found is not None:
             return found
         try:
@@ -283,7 +291,7 @@ class BoundCoalescer(Bound):
         if flight.tee is not None and isinstance(outcome, BaseException):
             flight.tee.fail(outcome)
         for waiter in flight.alive():
-            waiter.set_result(outcome if waiter is flight.leader else _own(outcome))
+            waiter.set_result(outcome if waiter is flight.leader else own_outcome(outcome))
 
     def _end(self, flight: Flight) -> None:
         flight.over = True
@@ -292,21 +300,6 @@ class BoundCoalescer(Bound):
     def _drop(self, flight: Flight) -> None:
         if self._table.get(flight.key) is flight:
             del self._table[flight.key]
-
-
-def _own(outcome: Reply | BaseException) -> Landed:
-    if isinstance(outcome, BaseException):
-        return own_error(outcome)
-    try:
-        return own_reply(outcome)
-    except NotCopyable:
-        return None
-
-
-async def _discard(landed: Landed) -> None:
-    """Close the stream of an answer that nobody took."""
-    if landed is not None and not isinstance(landed, BaseException) and landed.chunks is not None:
-        await landed.chunks.aclose()
 
 
 def _expire(waiter: asyncio.Future[Landed]) -> None:

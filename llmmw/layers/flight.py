@@ -6,6 +6,7 @@ import contextvars
 from typing import TYPE_CHECKING
 
 from llmmw.call import Urgency
+from llmmw.stream.copies import NotCopyable, own_error, own_reply
 
 if TYPE_CHECKING:
     import asyncio
@@ -80,3 +81,19 @@ class Flight:
 def current_flight() -> Flight | None:
     """The innermost flight that the running code is part of."""
     return _inside.get()
+
+
+def own_outcome(outcome: Reply | BaseException) -> Landed:
+    """A follower's own copy of what the leader gets."""
+    if isinstance(outcome, BaseException):
+        return own_error(outcome)
+    try:
+        return own_reply(outcome)
+    except NotCopyable:
+        return None
+
+
+async def discard(landed: Landed) -> None:
+    """Close the stream of an answer that nobody took."""
+    if landed is not None and not isinstance(landed, BaseException) and landed.chunks is not None:
+        await landed.chunks.aclose()

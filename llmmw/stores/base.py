@@ -8,6 +8,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from llmmw.stores.entry import Entry
+    from llmmw.stores.lease import Lease, Leases
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -49,12 +50,17 @@ class Backing(Protocol):
         """The largest body it takes."""
         ...
 
+    @property
+    def leases(self) -> Leases:
+        """Who of several processes asks upstream."""
+        ...
+
     async def get(self, key: bytes, /) -> Entry | None:
         """The entry, or None where there is none or it cannot be had in time."""
         ...
 
-    def put(self, key: bytes, entry: Entry, keep_s: float, /) -> None:
-        """Keep the entry for so many seconds; nobody waits for it."""
+    def put(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None = None, /) -> None:
+        """Keep the entry for so many seconds, unless the lease is lost; nobody waits for it."""
         ...
 
     def delete(self, key: bytes, /) -> None:

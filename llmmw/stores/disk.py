@@ -12,25 +12,29 @@ import contextlib
 import os
 import threading
 import weakref
-from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from llmmw.stores.iothread import FLUSH_S, IOThread
 from llmmw.stores.keeper import Keeper
+from llmmw.stores.lease import Leases
+from llmmw.stores.leasetable import Table
+from llmmw.stores.mailbox import Mailbox
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from llmmw.env import Env
     from llmmw.stores.base import Codec, Match
     from llmmw.stores.entry import Entry
+    from llmmw.stores.lease import Lease
+
+T = TypeVar("T")
 
 READ_BUDGET_S = 0.05
 OPEN_BUDGET_S = 0.5
 """For reads that come before the database is open: importing and opening take about 50 ms, once."""
-_SLACK_S = 0.001
-"""A loop may fire a timer this much early."""
 MAX_PENDING = 1024
 MAX_PENDING_BYTES = 64 * 1024 * 1024
 _MAX_SHARE = 0.1
@@ -71,7 +75,10 @@ class DiskStore:
         self._env = env
         self._max_bytes = max_bytes
         self._keeper = Keeper(directory, env, max_bytes=max_bytes, codec=codec, network=network)
+        self._table = Table(directory, env, network=network)
         self._closed = False
+        self.leases = Leases(self._table, self, env)
+        """Who of several processes asks upstream."""
         self._begin()
 
     def _begin(self) -> None:
@@ -82,7 +89,7 @@ class DiskStore:
         self._pending: dict[bytes, Entry | None] = {}
         self._pending_bytes = 0
         self._discards = 0
-        self._mailbox: _Mailbox | None = None
+        self._mailbox: Mailbox | None = None
         self._asked = 0
         self._served = 0
         """Number of the latest read that the thread finished."""
@@ -94,7 +101,7 @@ class DiskStore:
 
     def _io(self) -> IOThread:
         if self._thread is None:
-            self._thread = IOThread("llmmw-disk", self._keeper.close)
+            self._thread = IOThread("llmmw-disk", partial(_close_both, self._table, self._keeper))
             self._finalizer = weakref.finalize(self, self._thread.stop)
             self._finalizer.atexit = False
             _stores.add(self)
@@ -105,28 +112,50 @@ class DiskStore:
         waiting = self._pending.get(key, _NOTHING)
         if not isinstance(waiting, _Nothing):
             return waiting
-        if self._closed or self._discards or self._keeper.down:
+        if self._discards or self._keeper.down:
+            return None
+        return await self.ask(partial(self._read, key))
+
+    def _read(self, key: bytes) -> Entry | None:
+        entry, broken = self._keeper.get(key)
+        if broken:
+            self.delete(key)
+        return entry
+
+    async def ask(self, job: Callable[[], T]) -> T | None:
+        """What a job returns on the I/O thread; None if it cannot be had within 50 ms."""
+        if self._closed:
             return None
         loop, late = asyncio.get_running_loop(), 0 if self._mailbox is None else self._mailbox.late
         if late > self._served:  # the thread is stuck: one caller has waited for it, that is enough
             self._keeper.trouble("stalled")
             return None
         if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = _Mailbox(loop, self._keeper, late)
+            self._mailbox = Mailbox(loop, self._keeper, late)
         self._asked = number = self._asked + 1
-        found = self._mailbox.expect(number, READ_BUDGET_S if self._keeper.opened else OPEN_BUDGET_S)
-        self._io().read(partial(self._read, number, key, self._mailbox, found), self._mailbox)
+        found: asyncio.Future[T | None] = self._mailbox.expect(
+            number, READ_BUDGET_S if self._keeper.opened else OPEN_BUDGET_S
+        )
+        self._io().read(partial(self._run, number, job, self._mailbox, found), self._mailbox)
         return await found
 
-    def _read(self, number: int, key: bytes, mailbox: _Mailbox, found: asyncio.Future[Entry | None]) -> None:
-        entry, broken = (None, False) if found.done() else self._keeper.get(key)
+    def _run(self, number: int, job: Callable[[], object], mailbox: Mailbox, found: asyncio.Future[Any]) -> None:
+        result = None if found.done() else job()
         self._served = number
-        if broken:
-            self.delete(key)
-        mailbox.post(found, entry)
+        mailbox.post(found, result)
 
-    def put(self, key: bytes, entry: Entry, keep_s: float, /) -> None:
-        """Write in the background; dropped and counted while too much waits."""
+    def soon(self, job: Callable[[], object]) -> None:
+        """Run a job on the I/O thread before writes that wait."""
+        if not self._closed:
+            self._io().read(job)
+
+    def later(self, job: Callable[[], bool]) -> None:
+        """Run a job on the I/O thread after writes that wait, again if it returns False."""
+        if not self._closed:
+            self._io().write(job)
+
+    def put(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None = None, /) -> None:
+        """Write in the background; dropped and counted while too much waits, or once the lease is lost."""
         if self._closed or self._keeper.given_up:
             return
         size = len(entry.data)
@@ -134,12 +163,13 @@ class DiskStore:
             self._keeper.trouble("write dropped")
             return
         self._note(key, entry)
-        self._io().write(partial(self._write, key, entry, keep_s))
+        self._io().write(partial(self._write, key, entry, keep_s, lease))
 
-    def _write(self, key: bytes, entry: Entry, keep_s: float) -> bool:
+    def _write(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None) -> bool:
         if self._pending.get(key) is not entry:
             return True  # a later write or deletion of this key is queued behind
-        if not self._keeper.set(key, entry, keep_s):
+        write = partial(self._keeper.set, key, entry, keep_s)
+        if not (write() if lease is None else lease.write(write)):
             return False
         self._settle(key, entry)
         return True
@@ -195,7 +225,7 @@ class DiskStore:
         if os.getpid() != self._pid:
             if self._finalizer is not None:
                 self._finalizer.detach()
-            _inherited.append(self._keeper.abandon())
+            _inherited.extend((self._keeper.abandon(), self._table.abandon()))
             self._begin()
 
     async def aclose(self) -> None:
@@ -246,68 +276,9 @@ class DiskStore:
         return {"disk": "down" if self._keeper.down else "ok", "waiting writes": len(self._pending)}
 
 
-class _Mailbox:
-    """Reads that one loop waits for: results come in batches, with one wake-up, under one timer for all.
-
-    Args:
-        loop: whose reads these are.
-        keeper: told of each read that is not there in time.
-        late: number of the latest such read.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, keeper: Keeper, late: int) -> None:
-        self.loop = loop
-        self.late = late
-        self._keeper = keeper
-        self._posted: deque[tuple[asyncio.Future[Entry | None], Entry | None]] = deque()
-        self._expected: deque[tuple[asyncio.Future[Entry | None], int, float]] = deque()
-        """In the order in which the thread answers; those that are answered go when they come to the front."""
-        self._timer: asyncio.TimerHandle | None = None
-
-    def expect(self, number: int, budget_s: float) -> asyncio.Future[Entry | None]:
-        """What the caller waits for; None after so many seconds."""
-        found: asyncio.Future[Entry | None] = self.loop.create_future()
-        self._expected.append((found, number, self.loop.time() + budget_s))
-        if self._timer is None:
-            self._timer = self.loop.call_later(budget_s, self._check)
-        return found
-
-    def post(self, found: asyncio.Future[Entry | None], entry: Entry | None) -> None:
-        """From the I/O thread, which calls `wake` when it has nothing more to read."""
-        self._posted.append((found, entry))
-
-    def wake(self) -> None:
-        """From the I/O thread: have delivered what was posted."""
-        with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
-            self.loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        while self._posted:
-            found, entry = self._posted.popleft()
-            if not found.done():
-                found.set_result(entry)
-        self._forget_answered()
-
-    def _forget_answered(self) -> None:
-        while self._expected and self._expected[0][0].done():
-            self._expected.popleft()
-        if not self._expected and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _check(self) -> None:
-        self._timer = None
-        now = self.loop.time()
-        for found, number, due in self._expected:
-            if due > now + _SLACK_S:
-                break
-            if not found.done():
-                self.late = number
-                self._keeper.trouble("slow", "the cache directory answers slowly; calls go on without it")
-                found.set_result(None)
-        self._forget_answered()
-        if self._expected:
-            self._timer = self.loop.call_at(self._expected[0][2], self._check)
+def _close_both(table: Table, keeper: Keeper) -> None:
+    table.close()
+    keeper.close()
 
 
 def _flush_all() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmmw.env import Clock
     from llmmw.stores.base import Backing
     from llmmw.stores.entry import Entry
+    from llmmw.stores.lease import Lease
     from llmmw.stores.memory import MemoryStore, Resident
 
 _REMEMBERED = 256
@@ -65,19 +66,20 @@ class TieredStore:
             return None
         return self._admit(key, entry, entry.remaining_s(self._clock.wall()))
 
-    def put(self, key: bytes, entry: Entry, *, since: int) -> bool:
+    def put(self, key: bytes, entry: Entry, *, since: int, lease: Lease | None = None) -> bool:
         """Keep a new entry; whether any tier took it.
 
         Args:
             key: its key.
             entry: not kept if it was invalidated meanwhile.
             since: `generation` when its fill began.
+            lease: under which it was got; once that is lost, the backing tier does not take it.
         """
         if self._was_forgotten(entry, since):
             return False
         taken = self._admit(key, entry, entry.header.ttl_s) is not None
         if self.backing is not None and len(entry.data) <= self.backing.max_item_bytes:
-            self.backing.put(key, entry, entry.header.ttl_s + self._grace_s)
+            self.backing.put(key, entry, entry.header.ttl_s + self._grace_s, lease)
             taken = True
         return taken
 

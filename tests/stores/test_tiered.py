@@ -25,7 +25,7 @@ class Slow:
         await asyncio.sleep(1)
         return found
 
-    def put(self, key, entry, keep_s):
+    def put(self, key, entry, keep_s, lease=None):
         self.entries[key] = entry
         self.log.append(("put", key, keep_s))
 

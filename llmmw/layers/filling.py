@@ -1,0 +1,136 @@
+"""One answer on its way into the cache: what the flight asks before it sends, and what becomes of what comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from llmmw.events import CacheHit, CacheSkipped
+from llmmw.stores.record import NotStorable, is_whole, record_reply, record_stream
+from llmmw.stores.record import play as play_entry
+from llmmw.stream import Tap, at_end
+
+if TYPE_CHECKING:
+    from llmmw.call import Call, Chunk, Reply
+    from llmmw.keys import Draw
+    from llmmw.layers.cachefill import Filler
+    from llmmw.stores.lease import Lease
+    from llmmw.stores.memory import Resident
+    from llmmw.stream import End
+
+
+class Fill:
+    """One answer on its way into the cache."""
+
+    def __init__(self, filler: Filler, call: Call, draw: Draw, *, renews: bool = False) -> None:
+        self._filler = filler
+        self._call = call
+        self._draw = draw
+        self._looks = filler.reads and not renews
+        self._since = filler.store.generation
+        self._lease: Lease | None = None
+        self.done = False
+
+    async def begin(self, lease_s: float | None) -> Reply | None:
+        """The answer, where another flight or, under a lease, another process stored it meanwhile."""
+        if not self._looks:
+            return None
+        found = self._found(self._filler.store.peek(self._draw.key), "memory")
+        if found is not None or lease_s is None:
+            return found
+        leases = self._filler.leases()
+        if leases is None:
+            return None
+        half_life_s = cast("float", self._filler.settings.ttl) / 2
+        self._lease, found = await leases.claim(self._draw.key, min(lease_s, half_life_s), self._look_on_disk)
+        return found
+
+    async def _look_on_disk(self) -> Reply | None:
+        return self._found(await self._filler.store.fetch(self._draw.key), "disk")
+
+    def _found(self, resident: Resident | None, tier: str) -> Reply | None:
+        filler, call = self._filler, self._call
+        if resident is None or filler.is_shut(call.namespace) or filler.state_of(resident) not in {"fresh", "due"}:
+            return None
+        reply = play_entry(resident.entry, call)
+        if reply is not None:
+            self.done = True
+            header = resident.entry.header
+            filler.env.emit(CacheHit(tier, header.usage, header.cost_s, agent=call.context.agent))
+        return reply
+
+    def failed(self) -> None:
+        """Nothing came: another process may try."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def answered(self, reply: Reply) -> Reply:
+        """Store a whole answer, or record a stream while it is read. Called once, by whoever owns the answer."""
+        self.done = True
+        kept = self._kept(reply)
+        return kept if self._lease is None else at_end(kept, lambda _: self.failed())
+
+    def _kept(self, reply: Reply) -> Reply:
+        filler, call = self._filler, self._call
+        filler.note_credential(call, reply)
+        reason = filler.why_not(reply)
+        if reason is not None:
+            if reason != "mode":
+                filler.env.emit(CacheSkipped(reason))
+            return reply
+        if reply.chunks is not None:
+            recorder = Recorder(filler, call, reply, self._draw, self._since, self._lease)
+            return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
+        try:
+            entry = record_reply(call, reply, filler.making(self._draw, reply))
+        except NotStorable as error:
+            filler.env.emit(CacheSkipped(error.reason))
+        else:
+            filler.keep(self._draw, entry, self._since, self._lease)
+        return reply
+
+
+class Recorder:
+    """Keeps the chunks of a passing stream, and stores them if it ended well."""
+
+    def __init__(self, filler: Filler, call: Call, reply: Reply, draw: Draw, since: int, lease: Lease | None) -> None:
+        self._filler = filler
+        self._call = call
+        self._reply = reply
+        self._draw = draw
+        self._since = since
+        self._lease = lease
+        self._began = filler.env.clock.monotonic()
+        self._chunks: list[Chunk] | None = []
+        self._room = filler.store.max_item_bytes
+
+    def add(self, chunk: Chunk) -> None:
+        """One more chunk; a stream too large to be stored is not kept in memory either."""
+        if self._chunks is None:
+            return
+        data = chunk if isinstance(chunk, bytes) else chunk.data
+        self._room -= len(data) if data is not None else 0
+        if self._room < 0 or data is None:
+            self._chunks = None
+            self._filler.env.emit(CacheSkipped("no encoded form" if data is None else "too large"))
+        else:
+            self._chunks.append(chunk)
+
+    def ended(self, end: End) -> None:
+        """The stream is over."""
+        filler, chunks, self._chunks = self._filler, self._chunks, None
+        if end.how == "failed":
+            filler.sharing.give_back(self._draw)
+        if chunks is None:
+            return
+        finished = end.how == "finished" or (end.how != "failed" and is_whole(self._call.op, chunks))
+        took = filler.env.clock.monotonic() - self._began
+        try:
+            if not finished:
+                raise NotStorable(f"stream {end.how}")  # noqa: TRY301 — one place that tells why
+            making = filler.making(self._draw, self._reply, took)
+            entry = record_stream(self._call, self._reply, chunks, end.usage, making)
+        except NotStorable as error:
+            filler.env.emit(CacheSkipped(error.reason))
+        else:
+            filler.keep(self._draw, entry, self._since, self._lease)
