@@ -57,6 +57,8 @@ class Call(msgspec.Struct, frozen=True):
     """Set by the router: how many attempts the layers inside may still make (None: as many as they like)."""
     rate_wait_s: float | None = None
     """Set by the router while another endpoint could answer: a longer wait for a rate limit is not worth it."""
+    alone: bool = False
+    """Set by the router: this endpoint was well last and no other is, so an open circuit there is probed at a pace."""
     direct: bool = False
     """Straight to the engine's endpoint, past every layer: for what is no completion (files, model lists, audio)."""
 

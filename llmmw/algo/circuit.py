@@ -44,26 +44,33 @@ class Ticket(msgspec.Struct, frozen=True):
 class Circuit:
     """One circuit. Every method is given the time; it must not run backwards."""
 
-    __slots__ = ("_consecutive", "_failures_in_row", "_lease_until", "_open_until", "_probe", "_rules", "_window",
-                 "generation", "state")  # fmt: skip
+    __slots__ = ("_consecutive", "_failures_in_row", "_lease_until", "_open_until", "_paced_at", "_probe", "_rules",
+                 "_window", "generation", "state", "well_until")  # fmt: skip
 
     def __init__(self, rules: CircuitRules) -> None:
         self._rules = rules
         self._window = OutcomeWindow(rules.window_s)
         self._consecutive = 0
         self._failures_in_row = 0
-        self._open_until = 0.0
+        self._open_until = self._paced_at = 0.0
         self._lease_until: float | None = None
         self._probe = 0
         self.state: State = "closed"
         self.generation = 0
+        self.well_until = 0.0
+        """When it last opened after having been closed."""
 
-    def admit(self, now: float) -> Ticket | None:
-        """Let a call through, or None while the endpoint rests (then `retry_at` says until when)."""
+    def admit(self, now: float, *, alone: bool = False) -> Ticket | None:
+        """Let a call through, or None while the endpoint rests (then `retry_at` says until when).
+
+        Args:
+            now: the time.
+            alone: nobody else can answer, so probes come at the pace of the first rest, however long this one is.
+        """
         if self.state == "closed":
             return Ticket(self.generation)
         if self.state == "open":
-            if now < self._open_until:
+            if now < (self._paced_at if alone else self._open_until):
                 return None
             self.state = "half_open"
         if self._lease_until is not None and now < self._lease_until:
@@ -72,10 +79,10 @@ class Circuit:
         self._lease_until = now + self._rules.lease_s
         return Ticket(self.generation, self._probe)
 
-    def retry_at(self, now: float) -> float:
+    def retry_at(self, now: float, *, alone: bool = False) -> float:
         """When a call that was not admitted may come again."""
         if self.state == "open":
-            return max(self._open_until, now)
+            return max(self._paced_at if alone else self._open_until, now)
         return now if self._lease_until is None else min(self._lease_until, now + _PEEK_AGAIN_S)
 
     def record(
@@ -131,10 +138,14 @@ class Circuit:
         return window.total >= rules.min_calls and window.failed >= rules.failure_share * window.total
 
     def _open(self, now: float, draw: float, asked_s: float | None) -> None:
-        rest = self._rules.open_s * 2.0 ** min(self._failures_in_row, 30)
-        rest = min(max(rest, asked_s or 0.0), self._rules.max_open_s)
+        rules, asked = self._rules, asked_s or 0.0
+        rest = rules.open_s * 2.0 ** min(self._failures_in_row, 30)
+        stretch = 1 + _JITTER * draw
+        if not self._failures_in_row:
+            self.well_until = now
         self._failures_in_row += 1
-        self._open_until = max(self._open_until, now + rest * (1 + _JITTER * draw))
+        self._open_until = max(self._open_until, now + min(max(rest, asked), rules.max_open_s) * stretch)
+        self._paced_at = now + min(max(rules.open_s, asked), rules.max_open_s) * stretch
         self._turn("open")
 
     def _close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from llmmw.stream import End
 
 _MAX_CIRCUITS = 1024
-"""Model names come from callers; beyond so many, healthy circuits are forgotten."""
+"""Model names come from callers; beyond so many, the circuit that was not needed for longest is forgotten."""
+
+_SPARED = 8
+"""So many circuits that are not closed stay when it is their turn to be forgotten; more, and one must go."""
 
 _REMEMBERED_EXCHANGES = 64
 
@@ -38,6 +41,9 @@ class CircuitBreaker(Positioned):
     Failures are lost or refused connections, 5xx, time-outs and answers that are none; a bad request, a 429, a full
     pool and a cancelled call say nothing about the endpoint. A refused credential (401, 402, spent quota; 403 after
     `consecutive` in a row) rests alone, and its callers get the server's own refusal again without a request.
+
+    Under an ErrorRouter whose endpoints all rest, the one that was well last is probed every `open_for` seconds,
+    however long its rest is: there is nobody else to ask.
 
     Args:
         window: seconds looked back.
@@ -97,6 +103,29 @@ class _Line:
         self.why = ""
 
 
+class _Lines(OrderedDict[Any, _Line]):
+    """Circuits by key, bounded; the least recently used comes first."""
+
+    def find(self, key: tuple[str, ...]) -> _Line | None:
+        """The line, which is used now."""
+        line = self.get(key)
+        if line is not None:
+            self.move_to_end(key)
+        return line
+
+    def make(self, key: tuple[str, ...], rules: CircuitRules) -> _Line:
+        """A new line, at the expense of the least recently used; one that is not closed rather stays."""
+        for _ in range(_SPARED if len(self) >= _MAX_CIRCUITS else 0):
+            oldest, line = next(iter(self.items()))
+            if line.circuit.state == "closed":
+                break
+            self.move_to_end(oldest)
+        while len(self) >= _MAX_CIRCUITS:
+            self.popitem(last=False)
+        line = self[key] = _Line(rules)
+        return line
+
+
 class _Admitted(msgspec.Struct, frozen=True):
     """A call that was let through, and to whom its outcome is owed."""
 
@@ -123,8 +152,8 @@ class BoundBreaker(Bound):
     def __init__(self, inner: Handler, env: Env, rules: CircuitRules) -> None:
         super().__init__(inner, env)
         self._rules = rules
-        self._endpoints: dict[tuple[str, str], _Line] = {}
-        self._credentials: dict[tuple[str, str, str], _Line] = {}
+        self._endpoints = _Lines()
+        self._credentials = _Lines()
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer, unless the endpoint rests; its outcome is taken in at the end of the body.
@@ -133,14 +162,15 @@ class BoundBreaker(Bound):
             CircuitOpen: the endpoint, or this credential there, is not asked now.
         """
         now = self.env.clock.monotonic()
-        credential = self._credentials.get((call.target, call.model, call.namespace))
+        credential = self._credentials.find((call.target, call.model, call.namespace)) if self._credentials else None
         own_ticket = None
         if credential is not None:
             own_ticket = credential.circuit.admit(now)
             if own_ticket is None:
                 return self._refused_again(call, credential, now)
-        line = self._line(call)
-        ticket = line.circuit.admit(now)
+        key = (call.target, call.model)
+        line = self._endpoints.find(key) or self._endpoints.make(key, self._rules)
+        ticket = line.circuit.admit(now, alone=call.alone)
         if ticket is None:
             if credential is not None and own_ticket is not None:
                 credential.circuit.record(own_ticket, "neutral", now)
@@ -157,6 +187,11 @@ class BoundBreaker(Bound):
             self._judge(admitted, reply)
             return reply
         return at_end(reply, lambda end: self._ended(admitted, reply, end))
+
+    def rests_since(self, call: Call) -> float | None:
+        """Until when the endpoint was well for calls like this one; None where its circuit is closed."""
+        line = self._endpoints.get((call.target, call.model))
+        return None if line is None or line.circuit.state == "closed" else line.circuit.well_until
 
     def rehome(self) -> None:
         """Probes in flight are gone."""
@@ -208,7 +243,9 @@ class BoundBreaker(Bound):
         hurts = fault is not None and fault.kind in HURTS_CREDENTIAL and admitted.call.op != "function"
         line, ticket = admitted.credential, admitted.own_ticket
         if line is None and hurts:
-            line = self._credential(admitted.call)
+            call = admitted.call
+            key = (call.target, call.model, call.namespace)
+            line = self._credentials.find(key) or self._credentials.make(key, self._rules)
             ticket = line.circuit.admit(now)
         if line is None or ticket is None:
             return
@@ -219,22 +256,6 @@ class BoundBreaker(Bound):
         result: Result = "failed" if hurts else "ok" if fault is None else "neutral"
         line.circuit.record(ticket, result, now, draw=draw, decisive=decisive)
         self._tell(admitted.call, line, " (credential)")
-
-    def _line(self, call: Call) -> _Line:
-        key = (call.target, call.model)
-        line = self._endpoints.get(key)
-        if line is None:
-            _forget_healthy(self._endpoints)
-            line = self._endpoints[key] = _Line(self._rules)
-        return line
-
-    def _credential(self, call: Call) -> _Line:
-        key = (call.target, call.model, call.namespace)
-        line = self._credentials.get(key)
-        if line is None:
-            _forget_healthy(self._credentials)
-            line = self._credentials[key] = _Line(self._rules)
-        return line
 
     def _tell(self, call: Call, line: _Line, whose: str = "") -> str:
         """Emit a change of state; the new state, or "" where it is the same."""
@@ -254,7 +275,7 @@ class BoundBreaker(Bound):
 
     def _open_error(self, call: Call, line: _Line) -> CircuitOpen:
         now = self.env.clock.monotonic()
-        retry_at = line.circuit.retry_at(now)
+        retry_at = line.circuit.retry_at(now, alone=call.alone)
         where = call.target or "the endpoint"
         return CircuitOpen(
             f"{where} failed too often for model {call.model!r}; asked again in {retry_at - now:.1f} s",
@@ -285,9 +306,3 @@ def _keepable(error: BaseException) -> Exception | None:
         return None
     found.__cause__ = None
     return found
-
-
-def _forget_healthy(lines: dict[Any, _Line]) -> None:
-    if len(lines) >= _MAX_CIRCUITS:
-        for key in [key for key, line in lines.items() if line.circuit.state == "closed"]:
-            del lines[key]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
-
 from llmmw.call import Attempt, Reply
 from llmmw.errors import AllEndpointsFailed, CircuitOpen, Closed, ConfigError, DeadlineExceeded
 from llmmw.events import FellBack
-from llmmw.fault import Fault, FaultKind, classify, error_of
+from llmmw.fault import Fault, FaultKind, classify
 from llmmw.fault.bodies import context_limit
-from llmmw.layers.attempt import after, annotate, attempt_of, make_attempt
+from llmmw.layers.attempt import after, annotate, make_attempt
 from llmmw.layers.base import Bound, Positioned
+from llmmw.layers.routes import Failure, Route, answer_of, history, route_to, words
 from llmmw.order import Role
 from llmmw.pool.guard import Guard, check_url
 from llmmw.settings import seconds, settings, text, whole
@@ -127,10 +126,10 @@ class ErrorRouter(Positioned):
         """Running state over one handler per endpoint, the engine's own first."""
         if len(targets) != 1 + len(self.fallbacks):
             raise ConfigError(f"ErrorRouter: {len(self.fallbacks)} fallbacks but {len(targets) - 1} bound handlers")
-        routes = [_route_to(targets[0], None, self.max_context)]
+        routes = [route_to(targets[0], None, self.max_context)]
         for entry, handler in zip(self.fallbacks, targets[1:], strict=True):
             found = entry if isinstance(entry, Fallback) else Fallback(entry)
-            routes.append(_route_to(handler, found.model, found.max_context))
+            routes.append(route_to(handler, found.model, found.max_context))
         return BoundRouter(routes, env, self)
 
 
@@ -142,32 +141,10 @@ def _check_target(option: str, value: object) -> None:
         raise ConfigError(f"{option}={value!r}: must be one of {_TARGETS}")
 
 
-class _Route(msgspec.Struct, frozen=True):
-    handler: Any
-    name: str
-    model: str | None
-    max_context: int | None
-    idempotent: bool
-    """What got lost there may be asked again elsewhere."""
-
-
-class _Failure(msgspec.Struct, frozen=True):
-    route: _Route
-    outcome: Any
-    """The refusal (a Reply) or the exception."""
-    fault: Fault
-
-    def as_error(self, wall: float) -> Exception:
-        if isinstance(self.outcome, Reply):
-            return error_of(self.outcome, wall=wall)
-        found: Exception = self.outcome
-        return found
-
-
 class BoundRouter(Bound):
     """The endpoints in order; nothing is kept between calls."""
 
-    def __init__(self, routes: Sequence[_Route], env: Env, rules: ErrorRouter) -> None:
+    def __init__(self, routes: Sequence[Route], env: Env, rules: ErrorRouter) -> None:
         super().__init__(routes[0].handler, env)
         self._routes = tuple(routes)
         self._rules = rules
@@ -179,7 +156,7 @@ class BoundRouter(Bound):
             AllEndpointsFailed: several were asked and none could.
         """
         while True:
-            failures: list[_Failure] = []
+            failures: list[Failure] = []
             try:
                 found = await self._ask_in_turn(call, failures)
                 if found is not None:
@@ -191,7 +168,7 @@ class BoundRouter(Bound):
                 failures.clear()  # exceptions whose tracebacks lead back to this frame
             await self.env.clock.sleep(wait_s)
 
-    async def _ask_in_turn(self, call: Call, failures: list[_Failure]) -> Reply | None:
+    async def _ask_in_turn(self, call: Call, failures: list[Failure]) -> Reply | None:
         """Ask each endpoint once while its predecessors' failures allow; None if none answered."""
         too_small, attempts = 0, tuple[Attempt, ...]()
         for index, route in enumerate(self._routes):
@@ -203,15 +180,18 @@ class BoundRouter(Bound):
             if failures:
                 source = failures[-1].route.name or call.target
                 self.env.emit(FellBack(source, route.name, failures[-1].fault.kind.value))
-            outcome = await make_attempt(route.handler, self._addressed(call, index, left), self.env.clock)
+            addressed = self._addressed(call, index, left)
+            if self._is_alone(call, index, addressed):
+                addressed = addressed.replace(alone=True)
+            outcome = await make_attempt(route.handler, addressed, self.env.clock)
             if isinstance(outcome, Reply) and outcome.ok and not self._rules.on_content_filter:
-                return _answer(outcome, route, attempts, fallback=index > 0)
+                return answer_of(outcome, route, attempts, fallback=index > 0)
             fault = classify(outcome, wall=self.env.clock.wall())
             if isinstance(outcome, Reply) and (fault is None or (outcome.ok and not self._goes_on(fault, index))):
-                return _answer(outcome, route, attempts, fallback=index > 0)
+                return answer_of(outcome, route, attempts, fallback=index > 0)
             assert fault is not None  # noqa: S101 — only a reply can be without fault
-            failures.append(_Failure(route, outcome, fault))
-            attempts += _history(failures[-1])
+            failures.append(Failure(route, outcome, fault))
+            attempts += history(failures[-1])
             if not self._goes_on(fault, index):
                 return None
             if fault.kind is FaultKind.CONTEXT_LENGTH:
@@ -246,7 +226,20 @@ class BoundRouter(Bound):
             target=route.name, model=model, payload=payload, native=native, tries_left=left, rate_wait_s=rate_wait_s
         )
 
-    def _until_earliest(self, call: Call, failures: list[_Failure]) -> float | None:
+    def _is_alone(self, call: Call, index: int, addressed: Call) -> bool:
+        """Whether this endpoint rests like all others, and since the least time: then there is nobody better."""
+        breaker = self._routes[index].breaker
+        since = None if breaker is None or len(self._routes) == 1 else breaker.rests_since(addressed)
+        if since is None:
+            return False
+        for other, route in enumerate(self._routes):
+            if other != index:
+                rests = None if route.breaker is None else route.breaker.rests_since(self._addressed(call, other, 1))
+                if rests is None or (rests, -other) > (since, -index):
+                    return False
+        return True
+
+    def _until_earliest(self, call: Call, failures: list[Failure]) -> float | None:
         """Seconds until the first open circuit may be asked again, where all are open and the deadline allows."""
         deadline = call.deadline
         opens = [failure.outcome for failure in failures if isinstance(failure.outcome, CircuitOpen)]
@@ -257,8 +250,8 @@ class BoundRouter(Bound):
         wait_s = max(min(moments) - now, _SHORTEST_WAIT_S)
         return wait_s if now + wait_s < deadline else None
 
-    def _fail(self, failures: list[_Failure]) -> Reply:
-        attempts = tuple(attempt for failure in failures for attempt in _history(failure))
+    def _fail(self, failures: list[Failure]) -> Reply:
+        attempts = tuple(attempt for failure in failures for attempt in history(failure))
         filtered = next((f for f in failures if isinstance(f.outcome, Reply) and f.outcome.ok), None)
         if filtered is not None:
             return after(filtered.outcome, attempts).replace(fallback=filtered.route is not self._routes[0])
@@ -268,38 +261,6 @@ class BoundRouter(Bound):
                 return outcome.replace(attempts=attempts)
             annotate(outcome, attempts)
             raise outcome
-        told = "; ".join(f"{failure.route.name or 'the endpoint'}: {_words(failure)}" for failure in failures)
+        told = "; ".join(f"{failure.route.name or 'the endpoint'}: {words(failure)}" for failure in failures)
         errors = [failure.as_error(self.env.clock.wall()) for failure in failures]
         raise AllEndpointsFailed(f"all {len(failures)} endpoints failed: {told}", errors, attempts=attempts)
-
-
-def _answer(reply: Reply, route: _Route, before: tuple[Attempt, ...], *, fallback: bool) -> Reply:
-    if not fallback and not before and reply.endpoint:
-        return reply
-    told = after(reply, before + reply.attempts)
-    return told.replace(endpoint=reply.endpoint or route.name, fallback=fallback)
-
-
-def _history(failure: _Failure) -> tuple[Attempt, ...]:
-    """The attempts that a Retry inside recorded, or this one."""
-    known: tuple[Attempt, ...] = getattr(failure.outcome, "attempts", ())
-    return known or (attempt_of(failure.outcome, failure.fault, failure.route.name),)
-
-
-def _words(failure: _Failure) -> str:
-    fault = failure.fault
-    if isinstance(failure.outcome, Reply):
-        said = f" ({fault.message})" if fault.message else ""
-        return f"{fault.kind.value}, status {failure.outcome.status}{said}"
-    later = f", again in {fault.retry_after_s:.1f} s" if fault.retry_after_s else ""
-    return f"{fault.kind.value}, {type(failure.outcome).__name__}{later}"
-
-
-def _route_to(handler: Handler, model: str | None, max_context: int | None) -> _Route:
-    """What the endpoint in which a stack of bound layers ends says about itself."""
-    endpoint = handler
-    while isinstance(endpoint, Bound):
-        endpoint = endpoint.inner
-    name = getattr(endpoint, "name", "")
-    idempotent = "idempotent" in getattr(endpoint, "capabilities", ())
-    return _Route(handler, name if isinstance(name, str) else "", model, max_context, idempotent)

@@ -181,6 +181,42 @@ async def test_circuits_of_endless_model_names_are_bounded(clock: ManualClock) -
 
 
 @manual_time
+async def test_circuits_of_endless_models_that_all_fail_are_bounded(clock: ManualClock) -> None:
+    upstream = FakeUpstream([error_reply(503)] * 3000)
+    breaker = bound(upstream, clock, consecutive=1)
+    for number in range(3000):
+        await breaker(chat_call().replace(model=f"m{number}"))
+    assert breaker.gauges() == {"not_closed": 1024, "credentials_not_closed": 0}
+    with pytest.raises(errors.CircuitOpen):
+        await breaker(chat_call().replace(model="m2999"))
+
+
+@manual_time
+async def test_flood_of_models_does_not_make_an_open_circuit_or_a_busy_one_be_forgotten(clock: ManualClock) -> None:
+    failing = [error_reply(503)] * 4
+    upstream = FakeUpstream([*failing, error_reply(503)])
+    breaker = bound(upstream, clock, open_for=50)
+    await fail(breaker, 5, chat_call().replace(model="dead"))
+    for number in range(5000):
+        assert (await breaker(chat_call().replace(model=f"m{number}"))).ok
+        if number % 500 == 0:
+            await breaker(chat_call().replace(model="busy"))
+    with pytest.raises(errors.CircuitOpen):
+        await breaker(chat_call().replace(model="dead"))
+    assert breaker.rests_since(chat_call().replace(model="dead")) is not None
+    assert breaker.rests_since(chat_call().replace(model="busy")) is None
+    assert ("http://fake.test/v1", "busy") in breaker._endpoints
+
+
+@manual_time
+async def test_refused_credentials_without_end_are_bounded(clock: ManualClock) -> None:
+    breaker = bound(FakeUpstream([error_reply(401)] * 3000), clock)
+    for number in range(3000):
+        await breaker(chat_call().replace(namespace=f"key {number}"))
+    assert breaker.gauges()["credentials_not_closed"] == 1024
+
+
+@manual_time
 async def test_failed_exchange_of_many_calls_is_one_failure(clock: ManualClock) -> None:
     upstream = FakeUpstream([error_reply(500).replace(exchange=9)] * 20)
     breaker = bound(upstream, clock)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
 from typing import TYPE_CHECKING
 
@@ -195,6 +197,31 @@ async def test_lost_call_and_filtered_answer_go_elsewhere_where_allowed(clock: M
     assert (reply.text, reply.fallback) == ("x", True)
 
 
+@manual_time
+async def test_call_lost_where_repeating_is_free_goes_elsewhere(clock: ManualClock) -> None:
+    upstreams = fakes([errors.UpstreamTimeout("x")] * 2, [])
+    upstreams[0].capabilities = frozenset({"idempotent"})  # type: ignore[attr-defined]
+    reply = await bound(upstreams, clock)(primary_call())
+    assert (reply.text, reply.fallback) == ("echo: hello", True)
+    upstreams = fakes([error_reply(503)], [errors.UpstreamTimeout("x")], [])
+    upstreams[0].capabilities = frozenset({"idempotent"})  # type: ignore[attr-defined]
+    with pytest.raises(errors.AllEndpointsFailed):
+        await bound(upstreams, clock)(primary_call())
+    assert asked(upstreams) == [1, 1, 0]
+
+
+@manual_time
+async def test_filtered_answer_is_given_where_nobody_does_better(clock: ManualClock) -> None:
+    filtered = Reply(data=chat_body("I ca", finish="content_filter"))
+    upstreams = fakes([filtered], [error_reply(503)])
+    reply = await bound(upstreams, clock, on_content_filter=True)(primary_call())
+    assert (reply.ok, reply.text, reply.fallback) == (True, "I ca", False)
+    assert [attempt.fault for attempt in reply.attempts] == ["content_filter", "server"]
+    upstreams = fakes([filtered], [Reply(data=chat_body("neither", finish="content_filter"))])
+    reply = await bound(upstreams, clock, on_content_filter=True)(primary_call())
+    assert (reply.text, reply.fallback) == ("neither", True)
+
+
 # ── context length ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 TOO_LONG = [
@@ -280,6 +307,46 @@ async def test_route_14_all_open_waits_for_the_earliest_within_the_deadline(cloc
     reply = await bound(upstreams, clock)(primary_call(context=Context(deadline=now + 10)))
     assert (reply.endpoint, reply.fallback) == ("http://e1.test/v1", True)
     assert clock.monotonic() == now + 4
+
+
+@manual_time
+async def test_endpoint_that_was_well_last_is_probed_at_a_pace(clock: ManualClock) -> None:
+    upstreams = fakes([error_reply(503)] * 1000, [Reply(data=chat_body("x")), *[error_reply(503)] * 1000])
+    router = bound(upstreams, clock, CircuitBreaker(consecutive=1))
+    await _seen(router)
+    clock.advance(1)
+    await _seen(router)  # both open now, the second last
+    before, times = asked(upstreams), list[float]()
+    for _ in range(6000):
+        clock.advance(0.1)
+        if len(upstreams[1].calls) > len(times) + before[1]:
+            times.append(clock.monotonic())
+        await _seen(router)
+    first, second = [now - was for now, was in zip(asked(upstreams), before, strict=True)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert 600 / 5.8 <= second <= 600 / 5  # every open_for, jittered, as long as it takes
+    assert all(4.9 < gap < 5.8 for gap in gaps)
+    assert first <= 600 / 60 + 5  # the other one's rest doubles as ever
+    with pytest.raises(errors.AllEndpointsFailed) as caught:
+        await router(primary_call())
+    waits = [error.retry_after_s for error in caught.value.exceptions if isinstance(error, errors.CircuitOpen)]
+    assert len(waits) == 2
+    assert min(wait for wait in waits if wait is not None) <= 5.5
+
+
+@manual_time
+async def test_endpoint_beside_a_healthy_one_is_not_probed_at_a_pace(clock: ManualClock) -> None:
+    upstreams = fakes([error_reply(503)] * 1000, [])
+    router = bound(upstreams, clock, CircuitBreaker(consecutive=1))
+    for _ in range(600):
+        clock.advance(1)
+        assert (await router(primary_call())).ok
+    assert asked(upstreams)[0] <= 600 / 60 + 5
+
+
+async def _seen(router: BoundRouter) -> None:
+    with contextlib.suppress(errors.AllEndpointsFailed, errors.CircuitOpen):
+        await router(primary_call())
 
 
 @manual_time
