@@ -12,6 +12,7 @@ import msgspec
 from llmmw.errors import (
     AmbiguousOutcome,
     Closed,
+    ConnectionFailed,
     LLMMWError,
     ProtocolError,
     ResponseTooLarge,
@@ -170,6 +171,7 @@ class BoundPool:
     ) -> tuple[Generation, RawResponse, Exchange]:
         """Send over the current connections, once more over fresh ones where the first was stale and that is safe."""
         may_repeat = duplicate_ok or self.settings.retry_on_stale or request.method in _IDEMPOTENT
+        began_again = False
         while True:
             generation, exchange = fleet.start(), Exchange(connect_s)
             try:
@@ -180,6 +182,11 @@ class BoundPool:
                 fleet.stop(generation)
                 if not isinstance(error, Lost):
                     raise
+                if error.unprocessed and not fleet.dead:
+                    if began_again:
+                        raise ConnectionFailed(f"not sent: {error}") from error
+                    began_again = True
+                    continue
                 if fleet.dead or exchange.opened is not False or error.any_byte:
                     raise self._lost(error) from error
                 # Its idle neighbours are as old, so none of them is used again.

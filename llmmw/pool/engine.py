@@ -50,10 +50,12 @@ class Exchange:
 class Lost(Exception):
     """The connection broke after something had been sent; becomes StaleConnection or AmbiguousOutcome in the pool."""
 
-    def __init__(self, message: str, *, any_byte: bool = False) -> None:
+    def __init__(self, message: str, *, any_byte: bool = False, unprocessed: bool = False) -> None:
         super().__init__(message)
         self.any_byte = any_byte
         """Whether a part of the response had arrived."""
+        self.unprocessed = unprocessed
+        """Whether the server says that it has not begun with the request (HTTP/2)."""
 
 
 class RawResponse(Protocol):

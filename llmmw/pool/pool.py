@@ -39,7 +39,7 @@ class ConnectionPool:
         max_line_bytes: bound of one server-sent event.
         verify: check TLS certificates, or an `ssl.SSLContext`.
         trust_env: use HTTP_PROXY and its relatives, and netrc.
-        http2: speak HTTP/2 where the server does (engines "httpx", "httpx2", "pyreqwest").
+        http2: speak HTTP/2 where the server's TLS offers it; otherwise, and through a proxy, HTTP/1.1.
 
     Raises:
         ConfigError: a value is out of range, or the engine cannot do what is asked.
@@ -63,7 +63,7 @@ class ConnectionPool:
 
     def __post_init__(self) -> None:
         choice("ConnectionPool(engine=)", self.engine, ENGINES)
-        check_installed(self.engine)
+        check_installed(self.engine, http2=self.http2)
         for name in ("max_connections", "max_response_bytes", "max_line_bytes"):
             whole(f"ConnectionPool({name}=)", getattr(self, name))
         whole("ConnectionPool(prewarm=)", self.prewarm, low=0, high=self.max_connections)
@@ -77,8 +77,6 @@ class ConnectionPool:
             raise ConfigError(f"ConnectionPool(verify={self.verify!r}): must be True, False or an ssl.SSLContext")
         if not isinstance(self.verify, bool) and self.engine == "pyreqwest":
             raise ConfigError('ConnectionPool(verify=): engine="pyreqwest" takes True or False, no ssl.SSLContext')
-        if self.http2 and self.engine == "aiohttp":
-            raise ConfigError('ConnectionPool(http2=True): engine="aiohttp" speaks HTTP/1.1 only; use engine="httpx2"')
 
     def open(self, env: Env, *, allow_hosts: Iterable[str] = ()) -> BoundPool:
         """Connections for one engine; none is made before the first request.

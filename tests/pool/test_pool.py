@@ -55,7 +55,6 @@ def test_the_pool_is_a_public_name_with_checked_settings():
         {"drain_timeout": float("nan")},
         {"max_response_bytes": 0},
         {"verify": "ca.pem"},
-        {"http2": True},
         {"engine": "pyreqwest", "verify": ssl.create_default_context()},
         {"colour": "red"},
     ],

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
 
 ENGINES = ("aiohttp", "httpx", "httpx2", "pyreqwest")
 _INSTALL = {"aiohttp": "aiohttp", "httpx": "httpx", "httpx2": "llmmw[httpx2]", "pyreqwest": "llmmw[speed]"}
+_OWN_HTTP2 = frozenset({"pyreqwest"})
 
 
-def check_installed(name: str) -> None:
-    """See that an engine's package is there, without loading it.
+def check_installed(name: str, *, http2: bool = False) -> None:
+    """See that the packages of an engine are there, without loading them.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: one is not.
     """
     if find_spec(name) is None:
         raise _missing(name)
+    if http2 and name not in _OWN_HTTP2 and find_spec("h2") is None:
+        raise MissingExtra("ConnectionPool(http2=True) needs a package that is missing: pip install 'llmmw[http2]'")
 
 
 def _missing(name: str) -> MissingExtra:
@@ -36,6 +39,15 @@ def make_engine(name: str, options: EngineOptions) -> Engine:
     Raises:
         MissingExtra: its package is not installed.
     """
+    engine = _make_http1(name, options)
+    if not options.http2 or name in _OWN_HTTP2:
+        return engine
+    from llmmw.pool.engines.http2 import Http2Engine  # noqa: PLC0415 — engines load when used
+
+    return Http2Engine(engine, options)
+
+
+def _make_http1(name: str, options: EngineOptions) -> Engine:
     try:
         if name == "aiohttp":
             from llmmw.pool.engines.aiohttp import AiohttpEngine  # noqa: PLC0415 — engines load when used

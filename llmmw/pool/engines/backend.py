@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from llmmw.errors import ConnectionFailed
+from llmmw.pool.engines.lookup import addresses_of
 from llmmw.pool.sockets import abandon
 
 if TYPE_CHECKING:
@@ -99,14 +100,7 @@ class Backend:
     async def _connect(
         self, host: str, port: int, local_address: str | None, socket_options: Iterable[Any] | None
     ) -> Any:
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, port, type=1)
-        except OSError as error:
-            raise ConnectionFailed(f"no connection: the name {host!r} does not resolve ({error})") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            self._guard.refuse_address(host, address)
+        addresses = await addresses_of(host, port, self._guard)
         for address in addresses[:-1]:
             with contextlib.suppress(Exception):  # httpcore's ConnectError, of either package
                 return await self._inner.connect_tcp(address, port, None, local_address, socket_options)

@@ -11,7 +11,6 @@ import functools
 import importlib
 import os
 import ssl
-import urllib.request
 from collections import deque
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError, ResponseTooLarge
 from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
 from llmmw.pool.engines.backend import Backend, current_exchange
+from llmmw.pool.engines.lookup import proxy_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,18 +26,15 @@ if TYPE_CHECKING:
     from llmmw.pool.engine import EngineOptions, Exchange
     from llmmw.wire import HTTPRequest
 
-_STREAMS = 100
-"""Requests on one HTTP/2 connection."""
 _MAX_URLS = 256
 
 
 class _Shard:
-    """One httpcore pool and how many requests it carries."""
+    """One httpcore pool, for one request at a time."""
 
     def __init__(self, pool: Any, proxy: str | None) -> None:
         self.pool = pool
         self.proxy = proxy
-        self.active = 0
         self.idle_since = 0.0
 
 
@@ -51,13 +48,10 @@ class HttpcoreEngine:
 
     def __init__(self, name: str, options: EngineOptions) -> None:
         self._core: Any = importlib.import_module("httpcore2" if name == "httpx2" else "httpcore")
-        if options.http2:
-            importlib.import_module("h2")
         self._options = options
         verify = options.verify
         self._ssl = _ssl_context(self._core, verify) if isinstance(verify, bool) else verify
         self._backend = Backend(self._core.AnyIOBackend(), options.guard)
-        self._capacity = _STREAMS if options.http2 else 1
         self._shards: set[_Shard] = set()
         self._free: dict[str | None, deque[_Shard]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -98,41 +92,34 @@ class HttpcoreEngine:
         parts = urlsplit(text)
         if len(self._urls) >= _MAX_URLS:
             self._urls.clear()
-        proxy = _proxy(parts.scheme, parts.hostname or "") if self._options.trust_env else None
+        proxy = proxy_for(parts.scheme, parts.hostname or "") if self._options.trust_env else None
         found = self._urls[text] = (self._core.URL(text), parts.netloc.encode("ascii"), proxy)
         return found
 
     def _take(self, proxy: str | None) -> _Shard:
         free = self._free.setdefault(proxy, deque())
         expired = self._loop.time() - self._options.keepalive_expiry
-        while free and not free[0].active and free[0].idle_since < expired:
+        while free and free[0].idle_since < expired:
             self._close(free.popleft())
-        shard = free[-1] if free else self._open(proxy)
-        shard.active += 1
-        if shard.active >= self._capacity:
-            free.pop()
-        return shard
+        return free.pop() if free else self._open(proxy)
 
     def give(self, shard: _Shard) -> None:
         """A request is over."""
-        if shard.active == self._capacity and shard in self._shards:
-            self._free[shard.proxy].append(shard)
-        shard.active -= 1
         shard.idle_since = self._loop.time()
+        if shard in self._shards:
+            self._free[shard.proxy].append(shard)
 
     def _open(self, proxy: str | None) -> _Shard:
         options = {
             "ssl_context": self._ssl,
             "max_connections": None,
             "keepalive_expiry": self._options.keepalive_expiry,
-            "http2": self._options.http2,
             "network_backend": self._backend,
         }
         core = self._core
         pool = core.AsyncConnectionPool(**options) if proxy is None else core.AsyncHTTPProxy(proxy, **options)
         shard = _Shard(pool, proxy)
         self._shards.add(shard)
-        self._free[proxy].append(shard)
         return shard
 
     def _close(self, shard: _Shard) -> None:
@@ -154,7 +141,7 @@ class HttpcoreEngine:
         if isinstance(error, core.RemoteProtocolError):
             if "too long" in str(error):
                 return ResponseTooLarge(f"the response's head is larger than {MAX_HEADER_BYTES} bytes")
-            broke = exchange is None or "disconnected" in str(error) or self._options.http2
+            broke = exchange is None or "disconnected" in str(error)
             why = str(error)[:200]
             return Lost(why, any_byte=any_byte) if broke else ProtocolError(f"the response is not HTTP: {why}")
         return error
@@ -233,10 +220,3 @@ def _ssl_context(core: Any, verify: bool) -> ssl.SSLContext:  # noqa: FBT001 —
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _proxy(scheme: str, host: str) -> str | None:
-    if urllib.request.proxy_bypass(host):
-        return None
-    found = urllib.request.getproxies()
-    return found.get(scheme) or found.get("all")

@@ -18,6 +18,7 @@ from pyreqwest.client import Client, ClientBuilder
 
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError
 from llmmw.pool.engine import Lost, as_utf8
+from llmmw.pool.engines.lookup import addresses_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,12 +67,7 @@ class PyreqwestEngine:
         loop = asyncio.get_running_loop()
         if loop.time() < self._judged.get(host, 0.0):
             return
-        try:
-            found = await loop.getaddrinfo(host, None, type=1)
-        except OSError as error:
-            raise ConnectionFailed(f"no connection: the name {host!r} does not resolve ({error})") from error
-        for entry in found:
-            self._options.guard.refuse_address(host, str(entry[4][0]))
+        await addresses_of(host, None, self._options.guard)
         self._judged[host] = loop.time() + _JUDGED_FOR_S
 
     def _build(self, connect_s: float | None) -> Client:
