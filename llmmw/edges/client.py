@@ -11,6 +11,7 @@ from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.errors import ConfigError
 from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
+from llmmw.stores.base import Match
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -81,6 +82,16 @@ class ClientBase:
         if model is not None:
             request["model"] = model
         return self.engine.invalidate(self.requests.any(request, {}))
+
+    def invalidate_tag(self, tag: str) -> int:
+        """Forget every answer stored under `using(tags=tag)`, also one in flight; entries removed from memory."""
+        return self.engine.invalidate_tag(tag)
+
+    def invalidate_tenant(self, tenant: str | None = None) -> int:
+        """Forget every answer of a tenant; None: of this client's own tenant or credential. Entries removed."""
+        if tenant is not None:
+            return self.engine.invalidate_tenant(tenant)
+        return self.engine.discard(Match("namespace", self.requests.namespace))
 
     def tick(self) -> None:
         """Every agent of the step has asked: what waits for batch mates goes now."""

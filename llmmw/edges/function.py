@@ -45,6 +45,14 @@ class Wrapped(Protocol[P, R_co]):
         """Forget the stored answer to these arguments (a method's with its `self`); returns how many entries went."""
         ...
 
+    def invalidate_tag(self, tag: str) -> int:
+        """Forget every answer stored under `using(tags=tag)`, also one in flight; returns how many entries went."""
+        ...
+
+    def invalidate_tenant(self, tenant: str) -> int:
+        """Forget every answer stored under `using(tenant=tenant)`, also one in flight; returns how many went."""
+        ...
+
     async def aclose(self) -> None:
         """Wait for calls in flight and release everything; from any loop."""
         ...
@@ -214,6 +222,8 @@ def wrap(
         return edge.invalidate(args, kwargs)
 
     wrapped.invalidate = invalidate
+    wrapped.invalidate_tag = edge.engine.invalidate_tag
+    wrapped.invalidate_tenant = edge.engine.invalidate_tenant
     wrapped.aclose = edge.engine.aclose
     wrapped.close = edge.engine.close
     return wrapped  # type: ignore[no-any-return]  # functools.wraps keeps the signature; Wrapped says so

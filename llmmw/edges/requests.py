@@ -87,6 +87,11 @@ class RequestBuilder:
         self._tenant = tenant
         self._namespaces = Namespaces(stack.cache_directory)
 
+    @property
+    def namespace(self) -> str:
+        """Whose answers the client's calls share where nothing else is said."""
+        return self._namespaces.of(self._asker.credential, self._tenant)
+
     def chat(self, model: str | None, messages: object, fields: dict[str, Any], *, stream: bool = False) -> Call:
         """A chat call; a plain string becomes one user message."""
         if isinstance(messages, str):

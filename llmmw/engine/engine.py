@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
 from llmmw.engine.closing import close_all, closed_error, note_or_raise
+from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
 from llmmw.engine.readers import GuardedChunks, bridged, whose
@@ -37,7 +38,7 @@ DRAIN_S = 30.0
 """How long `aclose` waits for calls in flight before it cancels them."""
 
 
-class Engine:
+class Engine(Forgetting):
     """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
 
     Args:
@@ -180,18 +181,6 @@ class Engine:
             if read is not None and (found := read()):
                 gauges.setdefault(name, {}).update(found)
         return self._stats.snapshot(len(self._calls), gauges)
-
-    def invalidate(self, call: Call) -> int:
-        """Forget the stored answer to a call; a fill in flight does not bring it back. Returns entries removed."""
-
-        async def on_home() -> int:
-            return self._invalidate(call)
-
-        here = self._home.loop is None or self._home.is_here()
-        return self._invalidate(call) if here else self._home.run_sync(on_home)
-
-    def _invalidate(self, call: Call) -> int:
-        return sum(bound.invalidate(call) for _, bound in self._bounds)
 
     def tick(self) -> None:
         """Every agent of the step has asked: flush what waits for batch mates. From any thread."""

@@ -165,6 +165,13 @@ class Sharing:
             return Draw(base, base)
         return self._lanes.draw(base, call.context.agent, call.context.sample)
 
+    def is_still(self, call: Call, draw: Draw) -> bool:
+        """Whether the call is the request that it was when it was drawn."""
+        try:
+            return key_of(call, remote_content=self.remote_content) == draw.base
+        except (Uncacheable, RuntimeError):  # the latter: it changes at this moment, in another thread
+            return False
+
     def give_back(self, draw: Draw) -> None:
         """The draw got no answer: the agent's next draw of this request takes its place."""
         if draw.index >= 0:
@@ -207,7 +214,9 @@ class Lanes:
     def give_back(self, draw: Draw) -> None:
         """The draw was not used."""
         with self._lock:
-            heapq.heappush(self._returned.setdefault(draw.agent, []), draw.index)
+            returned = self._returned.setdefault(draw.agent, [])
+            if draw.index not in returned:  # a refusal, then its broken body
+                heapq.heappush(returned, draw.index)
 
     def forget(self) -> None:
         """Begin a new run: every agent draws from sample 0 again."""

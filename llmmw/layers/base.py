@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
     from llmmw.order import Role, Rule
+    from llmmw.stores.base import Match
 
 
 @runtime_checkable
@@ -77,6 +78,11 @@ class Bound:
     def invalidate(self, call: Call) -> int:
         """Forget what is stored for this call; returns how many entries went. Default: nothing is stored."""
         del call
+        return 0
+
+    def discard(self, match: Match) -> int:
+        """Forget what is stored of a namespace or with a tag; returns how many entries went. Default: nothing is."""
+        del match
         return 0
 
     paces: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from llmmw.errors import ConfigError
 from llmmw.events import CacheHit, CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
 from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.cachefill import Filler
+from llmmw.layers.cachefill import MAX_NEGATIVE_S, Filler
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
 from llmmw.stores.base import Match
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from llmmw.stores.memory import Resident
 
 MODES = ("on", "off", "read", "write")
-MAX_NEGATIVE_S = 30.0
 
 
 @settings
@@ -236,13 +235,9 @@ class BoundCache(Bound):
             return self._store.discard(Match("base", base))
         return self._store.forget(base)
 
-    def invalidate_namespace(self, namespace: str) -> int:
-        """Forget every answer of a namespace; returns how many left memory."""
-        return self._store.discard(Match("namespace", namespace))
-
-    def invalidate_tag(self, tag: str) -> int:
-        """Forget every answer stored under `using(tags=)`; returns how many left memory."""
-        return self._store.discard(Match("tag", tag))
+    def discard(self, match: Match) -> int:
+        """Forget every answer of a namespace or with a tag, also one in flight; returns how many left memory."""
+        return self._store.discard(match)
 
     def rehome(self) -> None:
         """Refreshes under way are dropped; entries stay."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from llmmw.events import CacheHit, CacheSkipped, CacheStored, Warned
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.filling import Fill
-from llmmw.stores.record import Making
+from llmmw.stores.record import Making, NotStorable
 from llmmw.stores.record import play as play_entry
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmmw.stores.memory import Resident
     from llmmw.stores.tiered import TieredStore
 
+MAX_NEGATIVE_S = 30.0
+FIRST_REFUSAL = 400
 State = Literal["fresh", "due", "stale", "expired"]
 
 _PASSING = frozenset({
@@ -65,6 +67,8 @@ class Filler:
     def state_of(self, resident: Resident) -> State:
         """What may be done with an entry now; "due" is fresh, but worth renewing."""
         now = self.env.clock.monotonic()
+        if resident.entry.header.status >= FIRST_REFUSAL and not self.settings.negative_ttl:
+            return "expired"  # another process keeps refusals
         if now < resident.expires:
             return "due" if self._is_due(resident, now) else "fresh"
         return "stale" if now < resident.expires + self._revalidate_s else "expired"
@@ -90,19 +94,21 @@ class Filler:
         """
         fill = Fill(self, call, draw)
         try:
-            reply = await self.inner(call.replace(key=draw.key, fill=fill))
+            reply = await self.inner(fill.shared_call())
         except BaseException as error:
-            self.sharing.give_back(draw)
             found = self._instead(call, stale, error) if isinstance(error, Exception) else None
             if found is None:
+                self.sharing.give_back(draw)
                 raise
             return found
         if not fill.done and reply.source != "coalesced":
             reply = fill.answered(reply)
         if reply.ok:
             return reply
-        self.sharing.give_back(draw)
-        return self._instead(call, stale, reply) or reply
+        found = self._instead(call, stale, reply)
+        if found is None:
+            self.sharing.give_back(draw)
+        return found or reply
 
     def _instead(self, call: Call, stale: Resident | None, outcome: Reply | Exception) -> Reply | None:
         """The expired answer, where nothing better can be had and `stale_if_error` allows it."""
@@ -119,7 +125,7 @@ class Filler:
 
     def note_credential(self, call: Call, reply: Reply) -> None:
         """A refused credential closes its namespace to hits, a success opens it again."""
-        if self.settings.auth_check and reply.source == "upstream":
+        if self.settings.auth_check and not reply.fallback:  # which has a credential of its own
             if reply.status in {401, 403}:
                 self._shut.add(call.namespace)
             elif reply.ok:
@@ -139,8 +145,20 @@ class Filler:
         """Lifetime and cost of a new entry."""
         settings = self.settings
         ttl_s = cast("float", settings.ttl if reply.ok else settings.negative_ttl)
-        spread = 1.0 + settings.jitter * (2.0 * self.env.rng.random() - 1.0) if settings.jitter else 1.0
-        return Making(draw.base, self.env.clock.wall(), ttl_s * spread, reply.service_s + extra_s)
+        if settings.jitter:
+            ttl_s *= 1.0 + settings.jitter * (2.0 * self.env.rng.random() - 1.0)
+        if not reply.ok:
+            ttl_s = min(ttl_s, MAX_NEGATIVE_S)
+        return Making(draw.base, self.env.clock.wall(), ttl_s, reply.service_s + extra_s)
+
+    def check_unchanged(self, call: Call, draw: Draw) -> None:
+        """The answer is to the request as it was sent, the key to the request as it was made.
+
+        Raises:
+            NotStorable: somebody changed a list or mapping of it in between.
+        """
+        if not self.sharing.is_still(call, draw):
+            raise NotStorable("request changed meanwhile")
 
     def leases(self) -> Leases | None:
         """Who of several processes asks upstream, where the cache has a directory and stores."""
@@ -160,7 +178,7 @@ class Filler:
 
     def refresh(self, call: Call, draw: Draw) -> None:
         """Fetch an answer anew in the background, once per key at a time. What goes wrong leaves the old one."""
-        if draw.key in self._refreshes:
+        if draw.key in self._refreshes or not self._stores:
             return
         # A user's function needs its caller's context variables; an HTTP call must not keep any alive.
         context = contextvars.copy_context() if call.inherits_context else contextvars.Context()
@@ -172,7 +190,7 @@ class Filler:
     async def _refresh(self, call: Call, draw: Draw) -> None:
         fill = Fill(self, call, draw, renews=True)
         try:
-            reply = await self.inner(call.replace(key=draw.key, fill=fill))
+            reply = await self.inner(fill.shared_call())
             if not fill.done and reply.source != "coalesced":
                 reply = fill.answered(reply)
             if reply.chunks is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmmw.call import Call, Chunks, Filling, Handler, Reply
     from llmmw.env import Env
     from llmmw.layers.flight import Key, Landed
+    from llmmw.stores.base import Match
 
 _ELECTIONS = 2
 """How often a flight whose task somebody cancelled is made anew for those who still wait."""
@@ -126,8 +127,12 @@ class BoundCoalescer(Bound):
             key = key_of(call, remote_content=True)
         except Uncacheable:
             return 0
-        for stream in (False, True):
-            self._table.pop((key, stream), None)
+        self._table = {found: flight for found, flight in self._table.items() if found[0] != key}
+        return 0
+
+    def discard(self, match: Match) -> int:
+        """As `invalidate`, for every flight of a namespace or with a tag."""
+        self._table = {key: flight for key, flight in self._table.items() if not match.concerns(flight.call)}
         return 0
 
     def rehome(self) -> None:

@@ -19,20 +19,32 @@ if TYPE_CHECKING:
 
 
 class Fill:
-    """One answer on its way into the cache."""
+    """One answer on its way into the cache.
+
+    Args:
+        filler: stores it.
+        call: as the caller made it.
+        draw: its place in the cache.
+        renews: an entry is there, which a refusal must not replace.
+    """
 
     def __init__(self, filler: Filler, call: Call, draw: Draw, *, renews: bool = False) -> None:
         self._filler = filler
         self._call = call
         self._draw = draw
-        self._looks = filler.reads and not renews
+        self._renews = renews
         self._since = filler.store.generation
         self._lease: Lease | None = None
         self.done = False
 
+    def shared_call(self) -> Call:
+        """The call as it goes inside. Who comes after an invalidation does not join a flight from before it."""
+        key, since = self._draw.key, self._since
+        return self._call.replace(key=key if not since else b"%b %d" % (key, since), fill=self)
+
     async def begin(self, lease_s: float | None) -> Reply | None:
         """The answer, where another flight or, under a lease, another process stored it meanwhile."""
-        if not self._looks:
+        if self._renews or not self._filler.reads:
             return None
         found = self._found(self._filler.store.peek(self._draw.key), "memory")
         if found is not None or lease_s is None:
@@ -73,7 +85,7 @@ class Fill:
     def _kept(self, reply: Reply) -> Reply:
         filler, call = self._filler, self._call
         filler.note_credential(call, reply)
-        reason = filler.why_not(reply)
+        reason = "refused" if self._renews and not reply.ok else filler.why_not(reply)
         if reason is not None:
             if reason != "mode":
                 filler.env.emit(CacheSkipped(reason))
@@ -82,6 +94,7 @@ class Fill:
             recorder = Recorder(filler, call, reply, self._draw, self._since, self._lease)
             return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
         try:
+            filler.check_unchanged(call, self._draw)
             entry = record_reply(call, reply, filler.making(self._draw, reply))
         except NotStorable as error:
             filler.env.emit(CacheSkipped(error.reason))
@@ -128,6 +141,7 @@ class Recorder:
         try:
             if not finished:
                 raise NotStorable(f"stream {end.how}")  # noqa: TRY301 — one place that tells why
+            filler.check_unchanged(self._call, self._draw)
             making = filler.making(self._draw, self._reply, took)
             entry = record_stream(self._call, self._reply, chunks, end.usage, making)
         except NotStorable as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 if TYPE_CHECKING:
+    from llmmw.call import Call
     from llmmw.stores.entry import Entry
     from llmmw.stores.lease import Lease, Leases
 
@@ -23,6 +24,12 @@ class Match(msgspec.Struct, frozen=True):
         if self.by == "tag":
             return self.value in header.tags
         return self.value == (header.base if self.by == "base" else header.namespace)
+
+    def concerns(self, call: Call) -> bool:
+        """Whether the answer to a call will be meant; of a request's own key a call knows nothing."""
+        if self.by == "tag":
+            return self.value in call.context.tags
+        return self.by == "namespace" and self.value == call.namespace
 
 
 class Codec(Protocol):
