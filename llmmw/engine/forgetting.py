@@ -1,0 +1,61 @@
+"""Forgetting stored answers: one request's, a tag's, a tenant's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmmw.keys.identity import namespace_of
+from llmmw.settings import text
+from llmmw.stores.base import Match
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llmmw.call import Call
+    from llmmw.engine.home import Home
+    from llmmw.layers.base import Bound
+
+
+class Forgetting:
+    """An engine's methods that make answers be asked for anew; from any thread.
+
+    An answer in flight, also a stream, reaches those who wait for it, but is not stored, and who asks later does not
+    join it. On disk rows go in the background, for all processes; the memory of other processes keeps what it has.
+    All return how many entries left memory.
+    """
+
+    _bounds: Sequence[tuple[str, Bound]]
+    _home: Home
+
+    def invalidate(self, call: Call) -> int:
+        """Forget the stored answer to a call, in all its lanes."""
+        return self._forget(lambda bound: bound.invalidate(call))
+
+    def invalidate_tag(self, tag: str) -> int:
+        """Forget every answer stored under `using(tags=tag)`.
+
+        Raises:
+            ConfigError: not a text.
+        """
+        return self.discard(Match("tag", text("invalidate_tag(tag=)", tag)))
+
+    def invalidate_tenant(self, tenant: str) -> int:
+        """Forget every answer stored for a tenant: `using(tenant=)`, or the client's own.
+
+        Raises:
+            ConfigError: not a text.
+        """
+        return self.discard(Match("namespace", namespace_of(text("invalidate_tenant(tenant=)", tenant))))
+
+    def discard(self, match: Match) -> int:
+        """Forget every stored answer that matches."""
+        return self._forget(lambda bound: bound.discard(match))
+
+    def _forget(self, forget: Callable[[Bound], int]) -> int:
+        def here() -> int:
+            return sum(forget(bound) for _, bound in self._bounds)
+
+        async def there() -> int:
+            return here()
+
+        return here() if self._home.loop is None or self._home.is_here() else self._home.run_sync(there)
