@@ -63,6 +63,8 @@ def test_clients_have_the_methods_of_the_design():
         "embed",
         "map",
         "invalidate",
+        "invalidate_tag",
+        "invalidate_tenant",
         "get_performance_stats",
     ]:
         assert callable(getattr(llmmw.Client, method))
@@ -75,7 +77,7 @@ def test_a_wrapped_function_carries_its_engine():
     async def ask(prompt: str) -> str:
         return prompt
 
-    for attribute in ["engine", "get_performance_stats", "invalidate", "aclose", "close"]:
+    for attribute in ["engine", "get_performance_stats", "invalidate", "invalidate_tag", "invalidate_tenant", "aclose"]:
         assert hasattr(ask, attribute)
     ask.close()
 

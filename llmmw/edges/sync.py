@@ -31,6 +31,8 @@ class SyncClient:
         self.stack = self._client.stack
         self.get_performance_stats = self._client.get_performance_stats
         self.invalidate = self._client.invalidate
+        self.invalidate_tag = self._client.invalidate_tag
+        self.invalidate_tenant = self._client.invalidate_tenant
         self.tick = self._client.tick
         self.requests = self._client.requests
 

@@ -107,16 +107,20 @@ def _header(call: Call, reply: Reply, making: Making, usage: Usage) -> Header:
 
 def _judge_whole(call: Call, data: bytes) -> None:
     is_value = call.op == "function"
-    try:
-        body: object = msgspec.json.decode(json_of(data) if is_value else data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise NotStorable("not JSON") from None
+    body = _decoded(json_of(data) if is_value else data)
     if not is_value:
         _judge(call.op, body, call.payload)
     elif body is None or body == "":
         raise NotStorable("no content")
     else:
         _judge(shape_of(body), body)  # many functions return what their SDK gave them
+
+
+def _decoded(data: bytes) -> object:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise NotStorable("not JSON") from None
 
 
 def _judge(op: str, body: object, asked: Mapping[str, Any] = NOTHING_ASKED) -> None:
@@ -132,7 +136,7 @@ def _judge_items(held: Sequence[bytes]) -> None:
     if not held:
         raise NotStorable("no content")
     events = [json_of(piece) for piece in held]
-    op = event_shape_of(msgspec.json.decode(events[0]))
+    op = event_shape_of(_decoded(events[0]))
     if op:
         end = DONE if op in {"chat", "complete"} else b""  # which SDKs keep to themselves
         _judge_stream(op, b"".join(b"data: " + event + b"\n\n" for event in events) + end, NOTHING_ASKED)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmmw import events as ev
 from llmmw.call import Call, Context, Item, Reply
@@ -722,3 +725,146 @@ async def test_reasons_that_a_server_invents_are_counted_as_one(clock):
     for _ in range(4):
         await rig()
     assert rig.skipped() == ["unknown finish_reason"] * 3 + ["finish_reason 'length'"]
+
+
+@manual_time
+async def test_refusals_are_kept_thirty_seconds_at_most_whatever_the_jitter(clock):
+    rig = Rig(error_reply(404), negative_ttl=30, jitter=0.5)
+    rig.env.rng.random = lambda: 1.0
+    await rig()
+    clock.advance(29.9)
+    assert (await rig()).source == "cache"
+    clock.advance(0.2)
+    assert (await rig()).source == "upstream"
+
+
+@manual_time
+async def test_a_refusal_that_another_process_keeps_is_not_served_where_none_are_kept(clock):
+    rig = Rig(error_reply(404), negative_ttl=30)
+    await rig()
+    assert (await rig()).status == 404
+    rig.cache._filler.settings = TTLCache(300)
+    assert rig.cache.peek(chat_call()) is None
+    assert (await rig()).ok
+
+
+@manual_time
+async def test_cache_21_a_refresh_that_is_refused_does_not_replace_the_answer(clock):
+    rig = Rig(ok("good"), error_reply(404), ttl=10, jitter=0, stale_while_revalidate=50, negative_ttl=20)
+    await rig()
+    clock.advance(12)
+    assert (await rig()).stale
+    await asyncio.sleep(0.1)
+    assert rig.asked == 2
+    assert (await rig()).text == "good"
+    assert "refused" in rig.skipped()
+
+
+@manual_time
+async def test_where_nothing_is_stored_nothing_is_refreshed(clock):
+    rig = Rig(ttl=10, jitter=0, stale_while_revalidate=50, mode="write")
+    await rig()
+    rig.cache._reads, rig.cache._filler._stores = True, False
+    clock.advance(12)
+    assert (await rig()).stale
+    await asyncio.sleep(0.1)
+    assert rig.asked == 1
+
+
+@pytest.mark.parametrize(("reply", "hits"), [
+    (error_reply(401), False),
+    (error_reply(403), False),
+    (error_reply(401).replace(source="batch"), False),
+    (error_reply(401).replace(fallback=True), True),
+    (error_reply(404), True),
+])  # fmt: skip
+@manual_time
+async def test_cache_23_whose_credential_was_refused_closes_its_namespace_and_no_other(clock, reply, hits):
+    rig = Rig(ok("a"), reply, auth_check=True)
+    await rig("a")
+    await rig("b")
+    assert (rig.cache.peek(chat_call("a")) is not None) is hits
+    elsewhere = chat_call("a").replace(namespace="other")
+    await rig.cache(elsewhere)
+    assert rig.cache.peek(elsewhere) is not None
+
+
+@manual_time
+async def test_cache_23_without_auth_check_a_refused_credential_changes_nothing(clock):
+    rig = Rig(ok("a"), error_reply(401))
+    await rig("a")
+    await rig("b")
+    assert (await rig("a")).source == "cache"
+
+
+@manual_time
+async def test_cache_15_a_request_changed_on_its_way_is_not_stored_under_its_old_key(clock):
+    rig = Rig(upstream=FakeUpstream(latency_s=1, numbered=True))
+    for stream in (False, True):
+        call = chat_call(f"alice {stream}", stream=stream)
+        asking = asyncio.create_task(rig.cache(call))
+        await asyncio.sleep(0.5)
+        call.payload["messages"].append({"role": "user", "content": "and now bob"})
+        reply = await asking
+        if stream:
+            await read(reply)
+        assert (await rig(f"alice {stream}", stream=stream)).source == "upstream"
+        await asyncio.sleep(2)
+    assert rig.skipped() == ["request changed meanwhile"] * 2
+
+
+@manual_time
+async def test_cache_15_a_request_that_lost_its_form_on_the_way_is_not_stored_either(clock):
+    rig = Rig(upstream=FakeUpstream(latency_s=1, numbered=True))
+    call = chat_call()
+    asking = asyncio.create_task(rig.cache(call))
+    await asyncio.sleep(0.5)
+    call.payload["messages"].append({"role": "user", "content": {1}})
+    assert (await asking).ok
+    assert rig.skipped() == ["request changed meanwhile"]
+
+
+@manual_time
+async def test_a_stale_answer_in_place_of_an_error_is_the_agents_draw(clock):
+    rig = Rig(ttl=10, jitter=0, stale_if_error=60, sampling="lanes")
+    alice = Context(agent="a")
+    first, second = await rig(context=alice), await rig(context=alice)
+    rig.cache._sharing._lanes.forget()
+    clock.advance(20)
+    rig.upstream._script = [error_reply(503), ConnectionFailed("no")]
+    assert [(await rig(context=alice)).text for _ in range(2)] == [first.text, second.text]
+
+
+@manual_time
+async def test_a_refused_stream_that_breaks_gives_its_draw_back_once(clock):
+    broken = Reply(chunks=ScriptedChunks([b"x", ConnectionFailed("gone")]), status=404)
+    rig = Rig(broken, sampling="lanes", negative_ttl=10)
+    alice = Context(agent="a")
+    reply = await rig(stream=True, context=alice)
+    with pytest.raises(ConnectionFailed):
+        await read(reply)
+    assert len({(await rig(context=alice)).text for _ in range(3)}) == 3
+
+
+FUZZ = [
+    b"data: [DONE]\n\n", sse({"choices": [{"index": "x", "delta": 3}]}), sse({"choices": {"a": 1}}), sse([1]),
+    sse({"choices": [{"index": [], "delta": {"tool_calls": [{"index": {}, "function": {"arguments": 5}}]}}]}),
+    sse({"choices": [{"finish_reason": ["stop"], "delta": {"content": ["a"]}}]}), b"data: {\n\n", b"\xff\n", b": x\n\n",
+    sse({"type": "message_start", "message": {"usage": "x"}}), sse({"type": "content_block_delta", "index": "a"}),
+    sse({"type": "content_block_delta", "index": None, "delta": {"type": "text_delta", "text": 3}}),
+    sse({"type": "message_delta", "delta": {"stop_reason": {}}, "usage": [1]}), sse({"type": "message_stop"}),
+    sse({"type": "response.completed", "response": {"output": [{"type": [], "content": 3, "status": {}}]}}),
+    sse({"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}]}),
+]  # fmt: skip
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.sampled_from(["chat", "complete", "messages", "responses", "embed", "function"]),
+       st.lists(st.sampled_from(FUZZ), max_size=5), st.booleans())  # fmt: skip
+def test_cache_13_whatever_a_server_streams_storing_it_never_raises(op, chunks, stream):
+    from llmmw.stores.record import Making, NotStorable, play, record_stream
+
+    call = chat_call(stream=True).replace(op=op)
+    with contextlib.suppress(NotStorable):
+        entry = record_stream(call, Reply(), chunks, Reply().usage, Making(b"", 0.0, 1.0, 0.0))
+        play(entry, call.replace(stream=stream))
