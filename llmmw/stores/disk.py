@@ -101,7 +101,10 @@ class DiskStore:
 
     def _io(self) -> IOThread:
         if self._thread is None:
-            self._thread = IOThread("llmmw-disk", partial(_close_both, self._table, self._keeper))
+            table, keeper = self._table, self._keeper
+            self._thread = IOThread(
+                "llmmw-disk", partial(_each, table.close, keeper.close), partial(_each, table.rest, keeper.close)
+            )
             self._finalizer = weakref.finalize(self, self._thread.stop)
             self._finalizer.atexit = False
             _stores.add(self)
@@ -276,9 +279,9 @@ class DiskStore:
         return {"disk": "down" if self._keeper.down else "ok", "waiting writes": len(self._pending)}
 
 
-def _close_both(table: Table, keeper: Keeper) -> None:
-    table.close()
-    keeper.close()
+def _each(*acts: Callable[[], None]) -> None:
+    for act in acts:
+        act()
 
 
 def _flush_all() -> None:

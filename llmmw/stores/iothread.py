@@ -1,9 +1,16 @@
-"""One daemon thread for one disk: reads at once, writes when no read waits, busy writes again later."""
+"""One daemon thread for one disk: reads at once, writes when no read waits, busy writes again later.
+
+Around a fork every such thread closes its database and stands still. SQLite keeps locks in memory, so a child that
+inherits an open connection can never write, or reads what is being overwritten; one forked in the middle of a
+statement may inherit a mutex that nobody frees (sqlite.org/howtocorrupt.html, section 2.6).
+"""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +28,8 @@ FLUSH_S = 2.0
 
 _BATCH = 64
 """Reads after which their results are handed over although more wait."""
+_FORK_S = 0.5
+"""How long a fork waits for a thread to stand still; a child of less patience must do without the disk."""
 
 
 class Sleeper(Protocol):
@@ -40,13 +49,16 @@ class IOThread:
     Args:
         name: of the thread.
         on_stop: runs on the thread at its end.
+        on_fork: runs on the thread before the process forks: closes what will be opened again when it is needed.
     """
 
-    def __init__(self, name: str, on_stop: Callable[[], None]) -> None:
+    def __init__(self, name: str, on_stop: Callable[[], None], on_fork: Callable[[], None] | None = None) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._at_end = [on_stop]
+        self._on_fork = on_fork or on_stop
         self._thread = threading.Thread(target=_Worker(self._jobs, self._at_end).main, name=name, daemon=True)
         self._thread.start()
+        _threads.add(self)
 
     def read(self, job: Read, sleeper: Sleeper | None = None) -> None:
         """Run as soon as the thread is free; the sleeper is woken once for all its reads that were queued."""
@@ -65,6 +77,74 @@ class IOThread:
     def join(self) -> None:
         """Wait for the end, at most about as long as the flush may take."""
         self._thread.join(2 * FLUSH_S)
+
+    def hold(self) -> Hold | None:
+        """Close what is open and stand still until released; None where the thread has ended."""
+        if not self._thread.is_alive():
+            return None
+        hold = Hold(self._on_fork)
+        self._jobs.put((hold.run, None, None))
+        hold.patience_s = 0.0 if self._thread is threading.current_thread() else _FORK_S  # a codec may fork, too
+        return hold
+
+
+class Hold:
+    """A pause of one thread."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+        self.still = threading.Event()
+        self.go = threading.Event()
+        self.patience_s = _FORK_S
+
+    def run(self) -> None:
+        """On the thread."""
+        if not self.go.is_set():
+            self._act()
+            self.still.set()
+            self.go.wait()
+
+
+_threads: weakref.WeakSet[IOThread] = weakref.WeakSet()
+
+
+class _ForkGuard:
+    """What happens around a fork."""
+
+    def __init__(self) -> None:
+        self._holds: list[Hold] = []
+        self._was_still = True
+        self.tainted = False
+
+    def before(self) -> None:
+        """In the parent: all threads stand still, or have had half a second to."""
+        self._was_still = False
+        self._holds = [hold for thread in list(_threads) if (hold := thread.hold()) is not None]
+        self._was_still = all(hold.still.wait(hold.patience_s) for hold in self._holds)
+
+    def in_parent(self) -> None:
+        """Let the threads go on."""
+        holds, self._holds = self._holds, []
+        for hold in holds:
+            hold.go.set()
+
+    def in_child(self) -> None:
+        """Remember whether the disk may be used here; the threads exist in the parent only."""
+        self._holds = []
+        _threads.clear()
+        self.tainted = self.tainted or not self._was_still
+
+
+_guard = _ForkGuard()
+
+
+def forked_badly() -> bool:
+    """Whether this process was forked while a database was in use, so that SQLite must not be used in it."""
+    return _guard.tainted
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_guard.before, after_in_parent=_guard.in_parent, after_in_child=_guard.in_child)
 
 
 class _Worker:

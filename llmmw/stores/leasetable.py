@@ -139,10 +139,15 @@ class Table:
 
     def close(self) -> None:
         """Give everything back and close, on the thread that opened it."""
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("DELETE FROM Lease WHERE owner = ?", (self._owner,))
+        self.rest()
+
+    def rest(self) -> None:
+        """Close, but keep the leases; whatever comes next opens anew."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("DELETE FROM Lease WHERE owner = ?", (self._owner,))
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 

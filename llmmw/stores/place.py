@@ -10,8 +10,10 @@ import os
 import stat
 from pathlib import Path
 
+from llmmw.stores.iothread import forked_badly
+
 DATABASE = "cache.db"
-_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal")
+_COMPANIONS = ("", "-wal", "-shm", "-journal")
 _NETWORK = frozenset({
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.glusterfs",
     "fuse.ceph", "fuse.s3fs", "gpfs", "beegfs",
@@ -25,22 +27,24 @@ class Refused(Exception):
     """The place must not be used; the message says why and what to do."""
 
 
-def prepare(directory: Path, *, network: bool = False) -> None:
+def prepare(directory: Path, *, network: bool = False, database: str = DATABASE) -> None:
     """Make the directory and an empty database file where they are missing, and check them where they are not.
 
     Raises:
         Refused: not ours, a link, a special file, writable by others, or on a network file system.
         OSError: it cannot be made (read-only, no space, no permission).
     """
+    if forked_badly():
+        raise Refused("this process was forked while its parent was using the database; fork while it rests")
     _make(directory)
-    check(directory, network=network)
+    check(directory, network=network, database=database)
     # SQLite gives -wal and -shm the mode of the database file, so this one decides for all. An existing file is never
     # opened here: closing it would drop the locks of every other connection of this process (POSIX).
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(directory / DATABASE, os.O_CREAT | os.O_EXCL | os.O_RDWR, _PRIVATE_FILE))
+        os.close(os.open(directory / database, os.O_CREAT | os.O_EXCL | os.O_RDWR, _PRIVATE_FILE))
 
 
-def check(directory: Path, *, network: bool = False) -> None:
+def check(directory: Path, *, network: bool = False, database: str = DATABASE) -> None:
     """Look at a directory and the database in it; files of ours that others may read are made private.
 
     Raises:
@@ -50,8 +54,8 @@ def check(directory: Path, *, network: bool = False) -> None:
     _check_directory(directory)
     if not network and (kind := network_file_system(directory)):
         raise Refused(f"{directory} is on a network file system ({kind}), where locks fail; network_directory=True")
-    for name in _FILES:
-        _check_file(directory / name)
+    for companion in _COMPANIONS:
+        _check_file(directory / f"{database}{companion}")
 
 
 def _make(directory: Path) -> None:
@@ -113,10 +117,10 @@ def quarantined(directory: Path) -> list[Path]:
     return [path for path in sorted(directory.glob(f"{DATABASE}*{_ASIDE}*")) if stat.S_ISREG(path.lstat().st_mode)]
 
 
-def quarantine(directory: Path, wall: float) -> None:
+def quarantine(directory: Path, wall: float, *, database: str = DATABASE) -> None:
     """Put a broken database aside, for whoever wants to know why; the next opening makes a new one."""
     suffix = f"{_ASIDE}{int(wall)}"
-    for name in _FILES:
-        path = directory / name
+    for companion in _COMPANIONS:
+        path = directory / f"{database}{companion}"
         if os.path.lexists(path):
-            path.rename(directory / f"{name}{suffix}")
+            path.rename(directory / f"{path.name}{suffix}")
