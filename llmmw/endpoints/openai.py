@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from llmmw.answer import NO_USAGE, Usage, mapping, usage_of
+from llmmw.answer import NO_USAGE, usage_of
 from llmmw.call import Call, Reply
+from llmmw.endpoints.answers import AnswerStream, as_stream
 from llmmw.endpoints.base import counted
 from llmmw.env import Env
-from llmmw.errors import ConfigError, ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError
-from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
+from llmmw.errors import ConfigError, ProtocolError, UpstreamError
 from llmmw.keys.identity import Asker, asker_of
 from llmmw.pool import ConnectionPool
 from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from llmmw.pool import BoundPool, Response
-    from llmmw.pool.body import Body
     from llmmw.wire import Headers
 
 MAX_ERROR_BYTES = 64 * 1024
@@ -116,6 +115,9 @@ class HTTPEndpoint:
         try:
             response = await self._open().request(request, duplicate_ok=self._duplicate_ok, connect_s=call.connect_s)
             if _is_stream(call, response):
+                if not call.stream and call.op in PATHS:
+                    await response.body.aclose()
+                    raise ProtocolError(f"{self._name} answered with a stream where none was asked for")
                 watch = StreamWatch(call.op, max_line_bytes=self._settings.max_line_bytes)
                 chunks = AnswerStream(response.body, watch, self._name, self._secret)
                 return Reply(chunks=chunks, status=response.status, headers=response.headers)
@@ -167,6 +169,8 @@ class HTTPEndpoint:
         if call.op in PATHS and status < _REDIRECT:
             found = read_answer(call.op, data, endpoint=self._name, content_type=response.header("content-type"))
             usage = usage_of(found)
+            if call.stream:
+                return as_stream(call, data, usage, headers, self._name)
         return Reply(data=data, usage=usage, status=status, headers=headers, endpoint=self._name)
 
     def rehome(self) -> None:
@@ -185,79 +189,6 @@ class HTTPEndpoint:
 
     def __repr__(self) -> str:
         return f"HTTPEndpoint({self._name!r})"
-
-
-class AnswerStream:
-    """The server's bytes as they arrive; read along for usage, errors and completeness.
-
-    Raises, in place of the end: TruncatedStream (it stopped without finish reason or terminator), StatusError (an
-    error event before any token was handed on), StreamInterrupted (broke, or an error event, after the first token),
-    and before the first token whatever broke the connection.
-    """
-
-    def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secret: str) -> None:
-        self._body = body
-        self._watch = watch
-        self._endpoint = endpoint
-        self._secret = secret
-
-    @property
-    def usage(self) -> Usage:
-        """What the stream reported so far."""
-        return self._watch.usage
-
-    def __aiter__(self) -> AnswerStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        watch = self._watch
-        delivered = watch.has_token  # a token in the same chunk as an error is handed on to nobody
-        try:
-            chunk = await self._body.__anext__()
-            watch.feed(chunk)
-            if watch.error is not None:
-                raise self._told(watch.error)
-        except StopAsyncIteration:
-            missing = None if self._body.was_cut else watch.missing()
-            if missing is None:
-                raise
-            raise TruncatedStream(
-                f"the stream ended early: {missing}", endpoint=self._endpoint, partial=watch.text, usage=watch.usage
-            ) from None
-        except UpstreamError as error:
-            await self._body.aclose()
-            error.endpoint = error.endpoint or self._endpoint
-            if not delivered:
-                raise
-            raise StreamInterrupted(
-                f"the stream broke after output had arrived: {error.message}",
-                endpoint=self._endpoint,
-                partial=watch.text,
-                usage=watch.usage,
-            ) from error
-        return chunk
-
-    async def aclose(self) -> None:
-        """Stop reading; the server sees a closed connection and stops generating."""
-        await self._body.aclose()
-
-    def _told(self, event: dict[str, Any]) -> StatusError:
-        code = mapping(event["error"]).get("code")
-        if isinstance(code, int) and _ERROR <= code < _NO_STATUS:
-            error = error_of(Reply(data=msgspec.json.encode(event), status=code, endpoint=self._endpoint))
-            message, status, label, kind = error.message, code, error.code, error.fault
-        else:
-            fault = fault_of_event(event, wall=0.0) or Fault(FaultKind.SERVER)
-            message, status, label, kind = fault.message, fault.status or 500, fault.code, fault.kind.value
-        if self._secret:
-            message = message.replace(self._secret, "***")
-        return StatusError(
-            f"{self._endpoint} broke off the stream: {message}",
-            endpoint=self._endpoint,
-            status=status,
-            code=label,
-            fault=kind,
-        )
 
 
 def _located(base_url: str, allow_hosts: frozenset[str]) -> tuple[str, str, str]:

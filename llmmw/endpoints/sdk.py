@@ -15,8 +15,8 @@ import msgspec
 
 from llmmw.answer import usage_of
 from llmmw.call import Reply
+from llmmw.endpoints.answers import AnswerStream
 from llmmw.endpoints.base import counted
-from llmmw.endpoints.openai import AnswerStream
 from llmmw.endpoints.orphans import forget_orphans
 from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, UpstreamTimeout

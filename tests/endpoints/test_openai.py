@@ -30,6 +30,7 @@ from llmmw.pool import ConnectionPool
 from llmmw.testing.fake import chat_body, chat_call, chat_chunks, sse
 from llmmw.testing.rawserver import RawServer, answer_bytes, chunked, hang_up, say
 from llmmw.wire import HTTPRequest
+from llmmw.wire.assemble import assemble
 
 KEY = "sk-verysecret"
 
@@ -254,9 +255,27 @@ async def test_chunks_arrive_one_by_one_as_the_server_sends_them():
         assert found == chunks
 
 
-async def test_a_server_that_does_not_stream_is_answered_with_a_whole_reply():
-    async with RawServer(say(answer_bytes(200, chat_body("x")))) as server, Opened(server) as at:
-        assert (await at.ask(chat_call(stream=True))).text == "x"
+async def test_whoever_reads_a_stream_gets_one_from_a_server_that_does_not_stream():
+    async with RawServer(say(answer_bytes(200, chat_body("x y"), etag="w"))) as server, Opened(server) as at:
+        reply = await at.ask(chat_call(stream=True, stream_options={"include_usage": True}))
+        assert assemble("chat", b"".join(await collect(reply))).body["choices"][0]["message"]["content"] == "x y"
+        assert (reply.data, reply.header("etag"), reply.header("content-length")) == (None, None, None)
+        assert reply.header("content-type").startswith("text/event-stream")
+        assert at.ended() == [(True, 5)]
+
+
+async def test_an_answer_that_cannot_be_a_stream_is_a_protocol_error_to_who_reads_one():
+    body = msgspec.json.decode(chat_body("x"))
+    body["choices"][0]["logprobs"] = {"content": [{"token": "x", "logprob": -0.1}]}
+    async with RawServer(say(answer_bytes(200, msgspec.json.encode(body)))) as server, Opened(server) as at:
+        with pytest.raises(ProtocolError, match="does not stream"):
+            await at.ask(chat_call(stream=True))
+
+
+async def test_a_stream_is_a_protocol_error_to_who_asked_for_none():
+    async with RawServer(say(stream_of(*chat_chunks("one two")))) as server, Opened(server) as at:
+        with pytest.raises(ProtocolError, match="a stream where none was asked for"):
+            await at.ask(chat_call())
 
 
 async def test_a_stream_of_an_unknown_operation_passes_without_judgement():
