@@ -45,6 +45,7 @@ _HOMES = {
     "llmmw.layers.limit": ("RateLimiter",),
     "llmmw.layers.retry": ("Retry",),
     "llmmw.layers.route": ("ErrorRouter", "Fallback"),
+    "llmmw.layers.shared": ("SharedCounter",),
     "llmmw.layers.timeout": ("Timeout",),
     "llmmw.order": ("Role", "Rule"),
     "llmmw.pool": ("ConnectionPool",),
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from llmmw.layers.retry import Retry as Retry
     from llmmw.layers.route import ErrorRouter as ErrorRouter
     from llmmw.layers.route import Fallback as Fallback
+    from llmmw.layers.shared import SharedCounter as SharedCounter
     from llmmw.layers.timeout import Timeout as Timeout
     from llmmw.order import Role as Role
     from llmmw.order import Rule as Rule

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llmmw.algo.aimd import Aimd
-from llmmw.algo.bucket import Cell, Ledger
+from llmmw.algo.bucket import Cell, Ledger, burst_of
 from llmmw.algo.estimate import LearnedOutput
 from llmmw.algo.pace import Pace
 from llmmw.layers.units import Units
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from llmmw.algo.headers import Reading
     from llmmw.answer import Usage
     from llmmw.env import Env
+    from llmmw.layers.shared import Lease, Leases
 
 _MAX_JITTER_S = 5.0
 _JITTER = 0.1
@@ -51,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Permit:
     """The right to make one call; given back exactly once."""
 
-    __slots__ = ("amounts", "cells", "choices", "epoch", "request", "started")
+    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "started")
 
     def __init__(self, amounts: tuple[int, ...], started: float, epoch: int) -> None:
         self.amounts = amounts
@@ -62,6 +63,7 @@ class Permit:
         self.request: Cell | None = None
         self.cells: list[Cell] | tuple[()] = ()
         self.choices = 1
+        self.lease: Lease | None = None
 
 
 class Allowance:
@@ -82,6 +84,8 @@ class Allowance:
         self._heard = -inf
         self._raised = -inf
         self.units = Units(self.requests, limits.burst, self._clock) if self.requests is not None else None
+        self.leases: Leases | None = None
+        """What other processes spend of the same limit, where they share one."""
 
     def ledgers(self) -> tuple[tuple[str, Ledger], ...]:
         """Every sliding window with its name."""
@@ -119,6 +123,19 @@ class Allowance:
         """The last thing a permit needs: a unit of the request rate."""
         return self.units is None or self.units.take()
 
+    def lease_at(self, amounts: tuple[int, ...], now: float) -> float:
+        """When the counter shared with other processes lets this call go; infinity where it will wake the gate.
+
+        Asked only when nothing else is missing: a lease must be used soon.
+        """
+        if self.leases is None or (self.units is not None and not self.units.ready()):
+            return now
+        return self.leases.opens_at(self._measured(amounts), now)
+
+    def _measured(self, amounts: Sequence[int], requests: int = 1) -> tuple[int, ...]:
+        """Requests and tokens as the shared counter knows them."""
+        return tuple(amounts) if self.requests is None else (requests, *amounts)
+
     def unit_at(self, now: float) -> float:
         """When the next unit of the request rate will be there."""
         return now if self.units is None else self.units.predict(1, now)
@@ -132,6 +149,8 @@ class Allowance:
         if amounts:
             pairs = zip(self.tokens, amounts, strict=True)
             permit.cells = [ledger.spend(amount, now) for (_, ledger), amount in pairs]
+        if self.leases is not None:
+            permit.lease = self.leases.take(self._measured(amounts), now)
         self.pace.granted(now)
         return permit
 
@@ -153,14 +172,7 @@ class Allowance:
         if permit.epoch < 0:
             return False
         if usage.reported and permit.amounts:
-            now = self._clock()
-            cached = usage.cached_tokens if self.limits.cached_free else 0
-            for (name, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
-                spent = 0 if name == "output" else max(0, usage.input_tokens - cached)
-                if name != "input":
-                    # A stream that was cut has told what it had produced by then, or (Anthropic) nothing but a 1.
-                    spent = spent + usage.output_tokens if well else max(amount, spent + usage.output_tokens)
-                ledger.settle(cell, amount, spent, now)
+            self._settle(permit, [self._spent(name, amount, usage, well=well) for name, amount in self._pairs(permit)])
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well:
@@ -174,10 +186,10 @@ class Allowance:
         """The call was never sent: everything comes back, the unit of the request rate as a credit."""
         if permit.epoch < 0:
             return False
-        self._refund_tokens(permit)
         if permit.request is not None and self.requests is not None and self.units is not None:
             self.requests.settle(permit.request, 1, 0, self._clock())
             self.units.unused()
+        self._settle(permit, [0] * len(permit.amounts), requests=0)
         self.pace.unsent()
         self._release(permit)
         return True
@@ -187,7 +199,7 @@ class Allowance:
         if permit.epoch < 0:
             return False
         now = self._clock()
-        self._refund_tokens(permit)
+        self._settle(permit, [0] * len(permit.amounts))
         self.pauses += self.pace.refused(permit.started, now, wait_s)
         if wait_s is not None:
             self.pace.hold(now + wait_s + self._rng.uniform(0, min(_MAX_JITTER_S, _JITTER * wait_s)))
@@ -200,10 +212,25 @@ class Allowance:
         if self.aimd is not None and self.limits.slots is not None and self.limits.slots[0] < self.limits.slots[2]:
             self.aimd.overloaded(permit.started, self._clock())
 
-    def _refund_tokens(self, permit: Permit) -> None:
+    def _pairs(self, permit: Permit) -> list[tuple[str, int]]:
+        return [(name, amount) for (name, _), amount in zip(self.tokens, permit.amounts, strict=True)]
+
+    def _spent(self, name: str, reserved: int, usage: Usage, *, well: bool) -> int:
+        """What an answer really cost of one token limit."""
+        cached = usage.cached_tokens if self.limits.cached_free else 0
+        spent = 0 if name == "output" else max(0, usage.input_tokens - cached)
+        if name == "input":
+            return spent
+        # A stream that was cut has told what it had produced by then, or (Anthropic) nothing but a 1.
+        return spent + usage.output_tokens if well else max(reserved, spent + usage.output_tokens)
+
+    def _settle(self, permit: Permit, spent: Sequence[int], requests: int = 1) -> None:
+        """Replace the reservation by what the call cost in truth."""
         now = self._clock()
-        for (_, ledger), cell, amount in zip(self.tokens, permit.cells, permit.amounts, strict=True):
-            ledger.settle(cell, amount, 0, now)
+        for (_, ledger), cell, amount, actual in zip(self.tokens, permit.cells, permit.amounts, spent, strict=True):
+            ledger.settle(cell, amount, actual, now)
+        if permit.lease is not None:
+            permit.lease.settle(self._measured(spent, requests))
 
     def _release(self, permit: Permit) -> None:
         if permit.epoch == self._epoch:
@@ -239,6 +266,14 @@ class Allowance:
             ledger.limit = target
             if name == "requests" and self.units is not None:
                 self.units.renew(self.limits.burst)
+            self.tell_leases()
+
+    def tell_leases(self) -> None:
+        """The limits in force, for the counter shared with other processes."""
+        if self.leases is not None:
+            limits = tuple(ledger.limit for _, ledger in self.ledgers())
+            burst = 0 if self.requests is None else burst_of(self.requests.limit, self.limits.burst)
+            self.leases.configure(limits, burst, self.limits.window)
 
     def resize(self, limits: Limits) -> None:
         """New limits of the same kinds; records stay."""
@@ -250,6 +285,7 @@ class Allowance:
             ledger.limit = units
         if self.aimd is not None and limits.slots is not None:
             self.aimd.bounds(*limits.slots)
+        self.tell_leases()
 
     def rehome(self) -> None:
         """The loop died: its calls are gone, records stay."""
@@ -257,3 +293,5 @@ class Allowance:
         self.in_use = 0
         if self.units is not None:
             self.units.renew(self.limits.burst)
+        if self.leases is not None:
+            self.leases.rehome()

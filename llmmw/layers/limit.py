@@ -16,8 +16,9 @@ from llmmw.errors import ConfigError
 from llmmw.layers.allowance import Limits
 from llmmw.layers.base import Positioned
 from llmmw.layers.limiter import BoundLimiter
+from llmmw.layers.shared import SharedCounter
 from llmmw.order import Role
-from llmmw.settings import choice, number, positive_seconds, settings, text, whole
+from llmmw.settings import choice, instance, number, positive_seconds, settings, text, whole
 
 if TYPE_CHECKING:
     from llmmw.call import Handler
@@ -51,7 +52,9 @@ class RateLimiter(Positioned):
         headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
         age_bound: seconds after which a waiter is not passed by smaller ones any more, and gets an eighth of all
             grants whatever its priority.
-        weights: shares of tenants (of agents where no tenant is set) against each other; 1 unless named.
+        weights: shares of tenants (and of agents where no tenant is set) against each other, and of the agents of one
+            tenant; 1 unless named.
+        shared: counts rpm and tpm together with other processes, e.g. SharedCounter("~/.cache/llmmw/limits").
 
     Raises:
         ConfigError: a value that cannot work.
@@ -73,6 +76,7 @@ class RateLimiter(Positioned):
     headers: bool = True
     age_bound: float | str = 10.0
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float], hash=False)
+    shared: SharedCounter | None = None
 
     role: ClassVar[Role] = Role.LIMIT
 
@@ -96,6 +100,10 @@ class RateLimiter(Positioned):
         for name, weight in self.weights.items():
             text("RateLimiter(weights=) for", name)
             number(f"RateLimiter(weights=) of {name!r}", weight, open_low=True)
+        if self.shared is not None:
+            instance("RateLimiter(shared=)", self.shared, SharedCounter, 'SharedCounter("~/.cache/llmmw/limits")')
+            if not (self.rpm or self.tpm or self.input_tpm or self.output_tpm):
+                raise ConfigError("RateLimiter(shared=): needs rpm, tpm, input_tpm or output_tpm to share")
         self.limits()
 
     def limits(self) -> Limits:

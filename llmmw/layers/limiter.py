@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,6 +29,7 @@ from llmmw.stream import at_end
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llmmw.algo.queue import Flow
     from llmmw.call import Call, Handler
     from llmmw.env import Env
     from llmmw.layers.allowance import Limits, Permit
@@ -49,6 +51,7 @@ class BoundLimiter(Bound):
         self._layer = layer
         self._limits = self._limits_of(layer)
         self._gates: dict[object, Gate] = {}
+        self._counter = None if layer.shared is None else layer.shared.open()
         self._ignored = 0
         self._estimated = 0
 
@@ -86,7 +89,7 @@ class BoundLimiter(Bound):
         """
         layer = dataclasses.replace(self._layer, **changes)
         limits = self._limits_of(layer)
-        if _shape(limits) != _shape(self._limits) or layer.per != self._layer.per:
+        if _shape(limits) != _shape(self._limits) or (layer.per, layer.shared) != (self._layer.per, self._layer.shared):
             raise ConfigError("reconfigure(): limits can be raised or lowered while running, not added or removed")
         self._layer, self._limits = layer, limits
         for gate in self._gates.values():
@@ -103,8 +106,10 @@ class BoundLimiter(Bound):
 
     async def aclose(self) -> None:
         """Refuse whoever still waits."""
-        for gate in self._gates.values():
-            gate.close()
+        for gate in list(self._gates.values()):
+            await gate.aclose()
+        if self._counter is not None:
+            await self._counter.aclose()
 
     def gauges(self) -> dict[str, object]:
         """Readings, summed over the buckets."""
@@ -126,6 +131,10 @@ class BoundLimiter(Bound):
         rates = [each.pace.learnt for each in held if each.pace.learnt is not None]
         if rates:
             found["learnt_per_s"] = sum(rates)
+        leases = [each.leases for each in held if each.leases is not None]
+        if leases:
+            found["shared_by"] = max(each.members for each in leases)
+            found["shared_lost"] = sum(each.is_lost for each in leases)
         for name, ledger in (pair for each in held for pair in each.ledgers()):
             key = f"{name}_in_window"
             found[key] = int(str(found.get(key, 0))) + sum(units for _, units in ledger.record(now))
@@ -151,6 +160,10 @@ class BoundLimiter(Bound):
             if len(self._gates) >= _MAX_BUCKETS:
                 self._forget_idle()
             gate = self._gates[key] = Gate(self._limits, self.env)
+            if self._counter is not None and self._layer.shared is not None:
+                measures = tuple(name for name, _ in gate.allowance.ledgers())
+                told = repr((call.target, per, key, measures, self._limits.window))
+                gate.share(self._layer.shared, self._counter, sha256(told.encode("utf-8", "replace")).digest())
         return gate
 
     def _forget_idle(self) -> None:
@@ -184,7 +197,8 @@ class BoundLimiter(Bound):
 
     async def _wait(self, gate: Gate, call: Call, amounts: tuple[int, ...]) -> Permit:
         began = self.env.clock.monotonic()
-        flow = call.context.tenant or call.context.agent or ""
+        tenant, agent = call.context.tenant, call.context.agent or ""
+        flow = (tenant, agent) if tenant else agent
         self._refuse_hopeless(gate, call, amounts, flow, began)
         waiting = Waiting(call, amounts, asyncio.get_running_loop().create_future())
         entry = gate.enqueue(waiting, priority=call.priority, flow=flow)
@@ -199,8 +213,6 @@ class BoundLimiter(Bound):
             gate.leave(entry)
             raise
         finally:
-            if waiting.alarm is not None:
-                waiting.alarm.cancel()
             if unsubscribe is not None:
                 unsubscribe()
         waited = self.env.clock.monotonic() - began
@@ -208,7 +220,7 @@ class BoundLimiter(Bound):
             self.env.emit(LimiterWaited(call.target, waited, call.context.agent))
         return permit
 
-    def _refuse_hopeless(self, gate: Gate, call: Call, amounts: tuple[int, ...], flow: str, now: float) -> None:
+    def _refuse_hopeless(self, gate: Gate, call: Call, amounts: tuple[int, ...], flow: Flow, now: float) -> None:
         """A call whose permit cannot come in time learns it now, when there is still time for something else."""
         deadline, patience = call.deadline, call.rate_wait_s
         if deadline is None and patience is None:

@@ -49,6 +49,10 @@ class Units:
             self._credit = 0  # the bucket ran empty, so a whole burst is free: a credit would come on top of it
         return limiter.has_capacity(1) and _acquire(limiter, 1)
 
+    def ready(self) -> bool:
+        """Whether `take` would give one."""
+        return self._credit > 0 or (self._limiter or self._new()).has_capacity(1)
+
     def unused(self) -> None:
         """A unit that was taken but not spent."""
         self._credit += 1
