@@ -30,7 +30,7 @@ _BULK = frozenset({"messages", "prompt", "input", "contents", "system"})
 """The large fields, in which no schema stands."""
 
 _LINKS = frozenset({"image_url", "video_url", "audio_url", "file_url", "file_uri"})
-_SCALARS = frozenset({str, int, bool, type(None)})
+SCALARS = frozenset({str, int, bool, type(None)})
 
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 _encode_ordered = msgspec.json.Encoder().encode
@@ -99,7 +99,7 @@ def _is_flat(body: dict[str, Any]) -> bool:
     """Whether a body is only texts, numbers and messages of texts (then its JSON is injective without proof)."""
     for name, value in body.items():
         kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]  # a cast costs more than the test
-        if kind in _SCALARS:
+        if kind in SCALARS:
             continue
         if kind is float:
             if value - value != 0:  # NaN and the infinities would be written as null
@@ -163,7 +163,7 @@ def _links_out(value: object) -> bool:
 def _tagged(value: object, depth: int, *, ordered: bool) -> object:
     """The value as nested lists that begin with a type; scalars stand for themselves."""
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return value
     if kind is float:
         number = cast("float", value)

@@ -27,6 +27,8 @@ NEGATIVE_STATUSES = frozenset({400, 404, 413, 422})
 """Refusals that the same request gets again at once (SPEC 1); kept only where `negative_ttl` says so."""
 
 _SUCCESS = range(200, 300)
+_NOTHING = frozenset({b"", b'""', b"null"})
+"""Values of a function that are no answer."""
 _UNFINISHED = frozenset({
     None, "length", "content_filter", "max_tokens", "refusal", "pause_turn", "incomplete", "failed", "cancelled",
 })  # fmt: skip
@@ -106,14 +108,15 @@ def _header(call: Call, reply: Reply, making: Making, usage: Usage) -> Header:
 
 
 def _judge_whole(call: Call, data: bytes) -> None:
-    is_value = call.op == "function"
-    body = _decoded(json_of(data) if is_value else data)
-    if not is_value:
-        _judge(call.op, body, call.payload)
-    elif body is None or body == "":
+    if call.op != "function":
+        _judge(call.op, _decoded(data), call.payload)
+        return
+    value = json_of(data)
+    if value in _NOTHING:
         raise NotStorable("no content")
-    else:
-        _judge(shape_of(body), body)  # many functions return what their SDK gave them
+    if value[:1] == b"{":  # many functions return what their SDK gave them
+        body = _decoded(value)
+        _judge(shape_of(body), body)
 
 
 def _decoded(data: bytes) -> object:
