@@ -62,8 +62,8 @@ def using(
         step: simulation step.
         sample: index of the independent draw that is wanted (0, 1, ...).
         priority: smaller runs earlier.
-        deadline: seconds from now (or text such as "20s"); an inner block cannot extend an outer one. The layers
-            that wait keep it: Deadline, Timeout, RateLimiter, Batcher, Retry; a stack without them does not.
+        deadline: seconds from now (or text such as "20s"); an inner block cannot extend an outer one. Every engine
+            keeps it, whatever its layers; those that wait also refuse early what cannot be done in time.
         tenant: answers are not shared between tenants.
         tags: added to the outer tags; cached answers can be invalidated by tag.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -241,8 +242,13 @@ class Stack:
                 bounds += [(str(layer.role), bound) for bound in made]
                 handlers = [*made]
         bounds.reverse()
+        timely = None
+        if Role.DEADLINE not in self and not disabled():
+            from llmmw.layers.deadline import BoundDeadline  # noqa: PLC0415 — layers load when they are first needed
+
+            timely = BoundDeadline(handlers[0], env, math.inf)
         hits = _hit_source(bounds)
-        return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits)
+        return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits, timely=timely)
 
     def wrap(self, function: Callable[P, R], **options: Any) -> Wrapped[P, R]:
         """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""

@@ -47,6 +47,7 @@ class Engine(Forgetting):
         endpoints: every endpoint, the engine's own first.
         env: clock, randomness and sinks; statistics are added as a sink.
         hit_source: the bound layer whose `peek` may answer without the home loop, if hits need nothing else.
+        timely: `handler` under the deadline of `using(deadline=)`, where no layer of the stack keeps that.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Engine(Forgetting):
         endpoints: Sequence[Endpoint],
         env: Env,
         hit_source: Bound | None,
+        timely: Handler | None = None,
     ) -> None:
         self._handler = handler
+        self._timely = timely or handler
         self._bounds = tuple(bounds)
         self._endpoints = tuple(endpoints)
         self._parts: tuple[Bound | Endpoint, ...] = (*(bound for _, bound in bounds), *endpoints)
@@ -140,7 +143,7 @@ class Engine(Forgetting):
         if env.observed:
             env.emit(CallStarted(agent))
         try:
-            reply = await (self._endpoints[0] if call.direct else self._handler)(call)
+            reply = await self._handler_of(call)(call)
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
@@ -163,6 +166,11 @@ class Engine(Forgetting):
         guarded = GuardedChunks(reply.chunks, ended)
         self._calls.hand_over(number, guarded)
         return reply.replace(chunks=guarded)
+
+    def _handler_of(self, call: Call) -> Handler:
+        if call.direct:
+            return self._endpoints[0]
+        return self._handler if call.context.deadline is None else self._timely
 
     def _finish(
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str

@@ -63,7 +63,8 @@ class BoundDeadline(Bound):
             until = given
             if given <= now:
                 return self._too_late(call)
-        reply = await Until(self.inner(call.within(deadline=until)), clock, lambda: until, _exceeded)
+        timely = call if until == given else call.within(deadline=until)
+        reply = await Until(self.inner(timely), clock, lambda: until, _exceeded)
         if reply.chunks is None:
             return reply
         return reply.replace(chunks=until_deadline(reply.chunks, clock, until, _exceeded))
