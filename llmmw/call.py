@@ -6,7 +6,7 @@ Neighbours: `context.py` holds who asks (its names are here too), `answer.py` re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping  # noqa: TC003 — help() and signature() evaluate them
+from collections.abc import AsyncIterator, Callable, Mapping  # noqa: TC003 — help() and signature() evaluate them
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -57,6 +57,8 @@ class Call(msgspec.Struct, frozen=True):
     """Set by the router: how many attempts the layers inside may still make (None: as many as they like)."""
     rate_wait_s: float | None = None
     """Set by the router while another endpoint could answer: a longer wait for a rate limit is not worth it."""
+    on_sent: Callable[[], None] | None = None
+    """Set by Retry(hedge=True): called when the attempt goes out to the endpoint, with its permits."""
     alone: bool = False
     """Set by the router: this endpoint was well last and no other is, so an open circuit there is probed at a pace."""
     direct: bool = False

@@ -83,6 +83,7 @@ WRONG = {
         "rate_patience": DURATION + NO_NONE,
         "budget": (*WHOLE[1:], None),
         "duplicate_ok": SWITCH,
+        "hedge": SWITCH,
     },
     CircuitBreaker: {
         "window": POSITIVE,

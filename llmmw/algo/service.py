@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 Kind = tuple[str, str]
@@ -31,14 +32,17 @@ class ServiceTimes:
             found = self._by_kind[kind] = deque(maxlen=KEPT)
         found.append((now, took_s))
 
+    def quantile(self, kind: Kind, now: float, share: float) -> float | None:
+        """What this share of recent answers of this kind took at most; None while too little is known."""
+        found = self._recent(kind, now)
+        if found is None:
+            return None
+        return sorted(took_s for _, took_s in found)[math.ceil(share * len(found)) - 1]
+
     def lacks(self, kind: Kind, now: float, left_s: float) -> bool:
         """Whether nine of ten recent answers of this kind took longer than `left_s`; no while too little is known."""
-        found = self._by_kind.get(kind)
+        found = self._recent(kind, now)
         if found is None:
-            return False
-        while found and now - found[0][0] > MAX_AGE_S:
-            found.popleft()
-        if len(found) < MIN_SAMPLES:
             return False
         quick_enough = 0
         for _, took_s in found:  # ends after a few where there is time, which is nearly always
@@ -46,3 +50,9 @@ class ServiceTimes:
             if quick_enough * 10 > len(found):
                 return False
         return True
+
+    def _recent(self, kind: Kind, now: float) -> deque[tuple[float, float]] | None:
+        found = self._by_kind.get(kind)
+        while found and now - found[0][0] > MAX_AGE_S:
+            found.popleft()
+        return found if found is not None and len(found) >= MIN_SAMPLES else None

@@ -50,6 +50,8 @@ async def counted(env: Env, name: str, call: Call, work: Callable[[Call], Awaita
     """One attempt, told as UpstreamStarted and, at the end of its body, UpstreamEnded; service time is filled in."""
     agent, began = call.context.agent, env.clock.monotonic()
     env.emit(UpstreamStarted(name, agent))
+    if call.on_sent is not None:
+        call.on_sent()
     try:
         reply = await work(call)
     except BaseException:

@@ -41,12 +41,20 @@ async def make_attempt(inner: Handler, call: Call, clock: Clock) -> Reply | Exce
             return reply
         return reply.replace(chunks=await Delivery.begin(reply.chunks, call.op, reply.endpoint))
     except asyncio.CancelledError:
-        task, deadline = asyncio.current_task(), call.deadline
-        if task is None or task.cancelling() or deadline is None or clock.monotonic() < deadline - _SLACK_S:
+        late = passed_deadline(call, clock)
+        if late is None:
             raise
-        return DeadlineExceeded("the deadline passed before the answer was complete", sent=True)
+        return late
     except Exception as error:  # noqa: BLE001 — what a user's function raises is classified by the caller
         return error
+
+
+def passed_deadline(call: Call, clock: Clock) -> DeadlineExceeded | None:
+    """The failure behind a cancellation that the call's deadline caused; None if it is a cancellation."""
+    task, deadline = asyncio.current_task(), call.deadline
+    if task is None or task.cancelling() or deadline is None or clock.monotonic() < deadline - _SLACK_S:
+        return None
+    return DeadlineExceeded("the deadline passed before the answer was complete", sent=True)
 
 
 def attempt_of(outcome: Reply | Exception, fault: Fault, endpoint: str, wait_s: float = 0.0) -> Attempt:

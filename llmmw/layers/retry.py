@@ -12,8 +12,9 @@ from llmmw.events import RetryScheduled
 from llmmw.fault import classify
 from llmmw.layers.attempt import after, annotate, attempt_of, exchange_of, make_attempt
 from llmmw.layers.base import Bound, Positioned
+from llmmw.layers.hedge import Hedger
 from llmmw.order import Role
-from llmmw.settings import positive_seconds, seconds, settings, whole
+from llmmw.settings import positive_seconds, seconds, settings, switch, whole
 
 if TYPE_CHECKING:
     from llmmw.algo.backoff import Verdict
@@ -42,6 +43,9 @@ class Retry(Positioned):
         budget: tokens of the retry budget per endpoint; a repetition costs 5 (10 for lost or broken answers), a
             success earns 1. When it is empty only a tenth of the traffic or one call per second is repeated.
         duplicate_ok: repeat also what the server may have done already.
+        hedge: send a second request beside one that is slower than 95 of 100 (a stream's first token counts), if the
+            call is deterministic (or `duplicate_ok`); at most 5 % more requests, none in the seconds after a 429 or
+            where it would have to queue. The first answer counts, the other request is cancelled.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -54,8 +58,11 @@ class Retry(Positioned):
     rate_patience: float | str = 60.0
     budget: int = 500
     duplicate_ok: bool = False
+    hedge: bool = False
 
     def __post_init__(self) -> None:
+        switch("Retry(duplicate_ok=)", self.duplicate_ok)
+        switch("Retry(hedge=)", self.hedge)
         whole("Retry(attempts=)", self.attempts, low=1, high=100)
         whole("Retry(budget=)", self.budget, low=0)
         object.__setattr__(self, "backoff", positive_seconds("Retry(backoff=)", self.backoff))
@@ -72,14 +79,18 @@ class Retry(Positioned):
             duplicate_ok=self.duplicate_ok,
             idempotent="idempotent" in env.capabilities,
         )
-        return BoundRetry(inner, env, rules, RetryBudget(self.budget))
+        hedger = Hedger(inner, env, duplicate_ok=self.duplicate_ok) if self.hedge else None
+        return BoundRetry(inner, env, rules, RetryBudget(self.budget), hedger)
 
 
 class BoundRetry(Bound):
     """The loop of attempts at one endpoint."""
 
-    def __init__(self, inner: Handler, env: Env, rules: Rules, budget: RetryBudget) -> None:
+    def __init__(
+        self, inner: Handler, env: Env, rules: Rules, budget: RetryBudget, hedger: Hedger | None = None
+    ) -> None:
         super().__init__(inner, env)
+        self._hedger = hedger
         self._rules = rules
         self._budget = budget
         self._paced = _is_paced(inner)
@@ -97,12 +108,18 @@ class BoundRetry(Bound):
         outcome: Reply | Exception | None = None
         try:
             while True:
-                outcome = await make_attempt(self.inner, call, self.env.clock)
+                if self._hedger is None or attempts or not self._hedger.suits(call):
+                    outcome = await make_attempt(self.inner, call, self.env.clock)
+                else:
+                    outcome, attempts = await self._hedger.attempt(call)
+                    progress = Progress(counted=len(attempts))
                 if isinstance(outcome, Reply) and outcome.ok:
                     self._budget.call_succeeded(cost)
                     return after(outcome, attempts) if attempts else outcome
                 fault = classify(outcome, wall=self.env.clock.wall())
                 assert fault is not None  # noqa: S101 — only a success is without fault
+                if self._hedger is not None:
+                    self._hedger.refused(fault)
                 verdict = self._judge(call, progress, fault)
                 cost = cost_of(fault, paced=self._paced)
                 again = verdict.again and self._budget.take(cost, self.env.clock.monotonic(), exchange_of(outcome))
@@ -118,8 +135,19 @@ class BoundRetry(Bound):
             outcome = None  # an exception whose traceback leads back to itself would wait for the garbage collector
 
     def gauges(self) -> dict[str, object]:
-        """Tokens left in the budget, and how many repetitions it refused."""
-        return {"budget": self._budget.level, "budget_refusals": self._over_budget}
+        """Tokens left in the budget, how many repetitions it refused, and second requests where there are any."""
+        found: dict[str, object] = {"budget": self._budget.level, "budget_refusals": self._over_budget}
+        return found if self._hedger is None else {**found, **self._hedger.gauges()}
+
+    def rehome(self) -> None:
+        """Requests that were given up belonged to the dead loop."""
+        if self._hedger is not None:
+            self._hedger.rehome()
+
+    async def aclose(self) -> None:
+        """Wait for requests that were given up."""
+        if self._hedger is not None:
+            await self._hedger.aclose()
 
     def _judge(self, call: Call, progress: Progress, fault: Fault) -> Verdict:
         deadline = call.deadline
