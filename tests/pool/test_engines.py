@@ -70,6 +70,17 @@ class PoolContract:
         for pool in made:
             await pool.aclose()
 
+    async def test_what_a_server_sends_beyond_its_answer_is_nobodys_answer(self, make: Any) -> None:
+        async def twice(request: RawRequest, writer: Writer) -> None:
+            mine, theirs = (b'{"to": %d}' % number for number in (request.number, 0))
+            writer.write(answer_bytes(body=mine) + answer_bytes(body=theirs)[: 40 if request.number % 2 else None])
+
+        async with RawServer(twice) as server:
+            pool = make()
+            for number in range(1, 7):
+                assert (await _whole(pool, post(server)))[1] == b'{"to": %d}' % number
+            assert server.connections > 1
+
     async def test_the_request_arrives_as_it_was_given(self, make: Any) -> None:
         async with RawServer() as server:
             request = HTTPRequest(
