@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from llmmw.call import Call
 
 __all__ = [
-    "KEY_SCHEMA", "NOT_SHARED", "Draw", "Lanes", "Sampling", "Sharing", "Uncacheable", "explain_difference",
-    "is_deterministic", "key_of",
+    "KEY_SCHEMA", "NOT_SHARED", "TRANSPORT_FIELDS", "Draw", "Lanes", "Sampling", "Sharing", "Uncacheable", "head_of",
+    "is_deterministic", "key_of", "wire_body",
 ]  # fmt: skip
 
 KEY_SCHEMA = 1
@@ -56,18 +56,19 @@ def key_of(call: Call, *, lane: str = "", remote_content: bool = False) -> bytes
     """
     context = call.context
     if call.op == "function":
-        digest = sha256(tagged_form(_head(call, context.tenant), call.payload)).digest()
+        digest = sha256(tagged_form(head_of(call, context.tenant), call.payload)).digest()
     else:
         payload = call.payload
         body: dict[str, Any] = payload if type(payload) is dict else dict(payload)  # pyright: ignore[reportUnknownVariableType]
         if not _SPECIAL.isdisjoint(body):
-            body, call = _wire_body(body, call)
-        form = json_form(_head(call, context.tenant), body, remote_content=remote_content)
+            body, call = wire_body(body, call)
+        form = json_form(head_of(call, context.tenant), body, remote_content=remote_content)
         digest = sha256(form).digest()
     return _in_lane(digest, lane) if lane else digest
 
 
-def _head(call: Call, tenant: str | None) -> tuple[object, ...]:
+def head_of(call: Call, tenant: str | None) -> tuple[object, ...]:
+    """What identifies a call besides its body."""
     return (KEY_SCHEMA, call.op, call.target, call.model, call.namespace, tenant, call.variant)
 
 
@@ -78,7 +79,7 @@ def _in_lane(base: bytes, lane: str) -> bytes:
         raise Uncacheable("lone surrogate") from None
 
 
-def _wire_body(body: Mapping[str, Any], call: Call) -> tuple[dict[str, Any], Call]:
+def wire_body(body: Mapping[str, Any], call: Call) -> tuple[dict[str, Any], Call]:
     """The body as it is sent, without fields of the transport; headers that matter move to the call's variant."""
     merged = dict(body)
     extra = merged.pop("extra_body", None)
@@ -225,42 +226,3 @@ class Lanes:
         with self._lock:
             self._next.clear()
             self._returned.clear()
-
-
-def explain_difference(first: Call, second: Call) -> str | None:
-    """The first field in which two calls differ for the cache, such as "messages[1].content"; None if they share.
-
-    Raises:
-        Uncacheable: one of them has no key.
-    """
-    if key_of(first) == key_of(second):
-        return None
-    bodies: list[Any] = []
-    for call in (first, second):
-        wire, reduced = (call.payload, call) if call.op == "function" else _wire_body(call.payload, call)
-        names = ("schema", "op", "target", "model", "namespace", "tenant", "variant")
-        bodies.append(dict(zip(names, _head(reduced, call.context.tenant), strict=True)) | {"body": dict(wire)})
-    return _first_difference(*bodies).removeprefix("body.")
-
-
-def _first_difference(one: Any, other: Any) -> str:
-    """The path to the first difference; "" where the values differ as a whole."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        pairs = cast("dict[str, Any]", one), cast("dict[str, Any]", other)
-        for name in dict.fromkeys((*pairs[0], *pairs[1])):
-            if name not in pairs[0] or name not in pairs[1] or not _same(name, pairs[0][name], pairs[1][name]):
-                inner = _first_difference(pairs[0].get(name), pairs[1].get(name))
-                return f"{name}{'' if not inner or inner.startswith('[') else '.'}{inner}"
-        return "(key order)"
-    if isinstance(one, list) and isinstance(other, list):
-        lists = cast("list[object]", one), cast("list[object]", other)
-        for index, pair in enumerate(zip(*lists, strict=False)):
-            if not _same("", *pair):
-                inner = _first_difference(*pair)
-                return f"[{index}]{'' if not inner or inner.startswith('[') else '.'}{inner}"
-        return f"[{min(map(len, lists))}]"
-    return ""
-
-
-def _same(name: str, one: Any, other: Any) -> bool:
-    return tagged_form((), {name: one}) == tagged_form((), {name: other})

@@ -43,6 +43,12 @@ class DiskUsage(msgspec.Struct, frozen=True):
     """Size above which the oldest answers go; 0: not known yet."""
     wal_bytes: int = 0
     """The log's part of `bytes`."""
+    oldest_s: float | None = None
+    """Age of the oldest answer in seconds; None where there is none."""
+    newest_s: float | None = None
+    """Age of the latest one."""
+    expires_last_s: float | None = None
+    """Seconds until the last answer's time is over."""
     quarantined: int = 0
     """Files put aside because the database in them was broken."""
     quarantined_bytes: int = 0
@@ -59,11 +65,15 @@ def usage(directory: str | os.PathLike[str], *, network: bool = False) -> DiskUs
         Unusable: not ours, not private, locked for 5 s, or no cache database of ours.
     """
     place = _place(directory)
+    now = ambient_clock().wall()
     entries = expired = limit = 0
+    first = latest = end = None
     with _opened(place, network=network) as database:
         if database is not None:
             entries = _number(database, "SELECT count(*) FROM Cache")
-            expired = _number(database, "SELECT count(*) FROM Cache WHERE expire_time < ?", ambient_clock().wall())
+            expired = _number(database, "SELECT count(*) FROM Cache WHERE expire_time < ?", now)
+            first, latest = (_time(database, f"SELECT {which}(store_time) FROM Cache") for which in ("min", "max"))  # noqa: S608 — these two texts
+            end = _time(database, "SELECT max(expire_time) FROM Cache")
             limit = _number(database, "SELECT value FROM Settings WHERE key = 'size_limit'")
     aside = quarantined(place)
     return DiskUsage(
@@ -72,6 +82,9 @@ def usage(directory: str | os.PathLike[str], *, network: bool = False) -> DiskUs
         bytes=_size(place / DATABASE) + _size(place / f"{DATABASE}-wal"),
         limit_bytes=limit,
         wal_bytes=_size(place / f"{DATABASE}-wal"),
+        oldest_s=None if first is None else now - first,
+        newest_s=None if latest is None else now - latest,
+        expires_last_s=None if end is None else end - now,
         quarantined=len(aside),
         quarantined_bytes=sum(map(_size, aside)),
     )
@@ -154,6 +167,11 @@ def _delete(database: sqlite3.Connection, which: str, *values: float) -> int:
 def _number(database: sqlite3.Connection, query: str, *values: float) -> int:
     row = database.execute(query, values).fetchone()
     return row[0] if row is not None and type(row[0]) is int else 0
+
+
+def _time(database: sqlite3.Connection, query: str) -> float | None:
+    row = database.execute(query).fetchone()
+    return row[0] if row is not None and type(row[0]) is float else None
 
 
 def _size(path: Path) -> int:

@@ -4,15 +4,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
-
 from llmmw import __version__
 from llmmw.errors import LLMMWError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from llmmw.demo.workload import Workload
 
 _NEEDS_EXTRA = (
     "the llmmw command needs two small packages: pip install 'llmmw[cli]' (the demo more: pip install 'llmmw[demo]')"
@@ -40,7 +36,8 @@ def main(argv: "Sequence[str] | None" = None) -> None:
 def build_app() -> Any:
     """The typer application."""
     import typer  # noqa: PLC0415 — belongs to the extra
-    from rich.console import Console  # noqa: PLC0415 — likewise
+
+    from llmmw.cli.cache import cache_app  # noqa: PLC0415 — likewise
 
     app = typer.Typer(
         help="Caching and pooling middleware for LLM calls.",
@@ -62,12 +59,13 @@ def build_app() -> Any:
         chart: Annotated[Path | None, typer.Option(help="Write a chart here (png, svg, pdf).")] = None,
     ) -> None:
         """Run 20 agents for several ticks three ways: bare SDK one by one, all at once, and through llmmw."""
-        from llmmw.demo.workload import Workload  # noqa: PLC0415 — only this command needs the demo
+        from llmmw.cli.demo import run_demo  # noqa: PLC0415 — only this command needs the demo
+        from llmmw.demo.workload import Workload  # noqa: PLC0415 — likewise
 
         if (base_url is None) != (model is None):
             raise typer.BadParameter("--base-url and --model go together")
         workload = Workload(agents=agents, ticks=ticks, max_tokens=max_tokens, stop=tuple(stop or ()))
-        _demo(Console(), base_url, model, api_key, workload, json, chart)
+        run_demo(base_url, model, api_key, workload, json, chart)
 
     @app.command()
     def serve() -> None:
@@ -93,59 +91,5 @@ def build_app() -> Any:
         """Print the version."""
         typer.echo(__version__)
 
+    app.add_typer(cache_app(), name="cache")
     return app
-
-
-def _demo(
-    console: Any,
-    base_url: str | None,
-    model: str | None,
-    api_key: str | None,
-    workload: "Workload",
-    json: Path | None,
-    chart: Path | None,
-) -> None:
-    from llmmw.demo import report  # noqa: PLC0415 — only this command needs the demo
-    from llmmw.demo.run import run  # noqa: PLC0415 — as said above
-    from llmmw.demo.ways import Setting  # noqa: PLC0415 — as said above
-    from llmmw.demo.workload import Trouble  # noqa: PLC0415 — as said above
-    from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld, RealWorld  # noqa: PLC0415 — as said above
-
-    if base_url is not None:
-        _ask_once(base_url, model, api_key or None)
-    world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)
-    where = "the embedded server" if base_url is None else base_url
-    title = f"{workload.agents} agents, {workload.ticks} ticks, {workload.total} questions to {where}"
-    console.print(title)
-    if base_url is None:
-        trouble = Trouble()
-        console.print(
-            "emulated timing, not a model; "
-            f"tick {trouble.limited_tick}: the server admits {trouble.limit_requests} requests per "
-            f"{trouble.limit_window_s:g} s (429 beyond); tick {trouble.broken_tick}: 503 for "
-            f"{trouble.broken_district}; llmmw may fall back to a second server"
-        )
-    with world:
-        results = run(world, Setting(workload, model or EMBEDDED_MODEL, api_key), console)
-    console.print(report.table(results, title=title))
-    about = {"workload": msgspec.to_builtins(workload), "server": where, "llmmw": __version__}
-    if json is not None:
-        report.write_json(json, results, about)
-        console.print(f"figures: {json}")
-    if chart is not None:
-        report.write_chart(chart, results, title=title)
-        console.print(f"chart: {chart}")
-
-
-def _ask_once(base_url: str, model: str | None, api_key: str | None) -> None:
-    """See that the server answers, before hundreds of questions fail one by one."""
-    from llmmw.edges.sync import SyncClient  # noqa: PLC0415 — only the demo needs it
-    from llmmw.layers.timeout import Timeout  # noqa: PLC0415 — likewise
-    from llmmw.stack import Stack  # noqa: PLC0415 — likewise
-
-    with SyncClient(base_url, api_key, model=model, stack=Stack(Timeout(60))) as client:
-        client.chat("hi", max_tokens=1)
-
-
-if __name__ == "__main__":
-    main()

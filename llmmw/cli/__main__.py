@@ -1,0 +1,5 @@
+"""`python -m llmmw.cli`."""
+
+from llmmw.cli import main
+
+main()
