@@ -74,6 +74,7 @@ class DiskStore:
     ) -> None:
         self._env = env
         self._max_bytes = max_bytes
+        directory = directory.absolute()  # the process may change its working directory
         self._keeper = Keeper(directory, env, max_bytes=max_bytes, codec=codec, network=network)
         self._table = Table(directory, env, network=network)
         self._closed = False
@@ -99,12 +100,15 @@ class DiskStore:
         """The largest body it takes."""
         return min(int(self._max_bytes * _MAX_SHARE), MAX_PENDING_BYTES)
 
-    def _io(self) -> IOThread:
+    def _io(self) -> IOThread | None:
         if self._thread is None:
             table, keeper = self._table, self._keeper
-            self._thread = IOThread(
-                "llmmw-disk", partial(_each, table.close, keeper.close), partial(_each, table.rest, keeper.close)
-            )
+            on_stop, on_fork = partial(_each, table.close, keeper.close), partial(_each, table.rest, keeper.close)
+            try:
+                self._thread = IOThread("llmmw-disk", on_stop, on_fork)
+            except RuntimeError:  # too many threads, or the interpreter is ending
+                keeper.trouble("stuck")
+                return None
             self._finalizer = weakref.finalize(self, self._thread.stop)
             self._finalizer.atexit = False
             _stores.add(self)
@@ -121,13 +125,14 @@ class DiskStore:
 
     def _read(self, key: bytes) -> Entry | None:
         entry, broken = self._keeper.get(key)
-        if broken:
+        if broken and key not in self._pending:
             self.delete(key)
         return entry
 
     async def ask(self, job: Callable[[], T]) -> T | None:
         """What a job returns on the I/O thread; None if it cannot be had within 50 ms."""
-        if self._closed:
+        io = None if self._closed else self._io()
+        if io is None:
             return None
         loop, late = asyncio.get_running_loop(), 0 if self._mailbox is None else self._mailbox.late
         if late > self._served:  # the thread is stuck: one caller has waited for it, that is enough
@@ -139,7 +144,7 @@ class DiskStore:
         found: asyncio.Future[T | None] = self._mailbox.expect(
             number, READ_BUDGET_S if self._keeper.opened else OPEN_BUDGET_S
         )
-        self._io().read(partial(self._run, number, job, self._mailbox, found), self._mailbox)
+        io.read(partial(self._run, number, job, self._mailbox, found), self._mailbox)
         return await found
 
     def _run(self, number: int, job: Callable[[], object], mailbox: Mailbox, found: asyncio.Future[Any]) -> None:
@@ -149,24 +154,26 @@ class DiskStore:
 
     def soon(self, job: Callable[[], object]) -> None:
         """Run a job on the I/O thread before writes that wait."""
-        if not self._closed:
-            self._io().read(job)
+        if not self._closed and (io := self._io()) is not None:
+            io.read(job)
 
     def later(self, job: Callable[[], bool]) -> None:
         """Run a job on the I/O thread after writes that wait, again if it returns False."""
-        if not self._closed:
-            self._io().write(job)
+        if not self._closed and (io := self._io()) is not None:
+            io.write(job)
 
     def put(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None = None, /) -> None:
         """Write in the background; dropped and counted while too much waits, or once the lease is lost."""
         if self._closed or self._keeper.given_up:
             return
         size = len(entry.data)
-        if len(self._pending) >= MAX_PENDING or self._pending_bytes + size > MAX_PENDING_BYTES:
+        too_many = len(self._pending) >= MAX_PENDING or self._pending_bytes + size > MAX_PENDING_BYTES
+        io = None if too_many else self._io()
+        if io is None:
             self._keeper.trouble("write dropped")
             return
         self._note(key, entry)
-        self._io().write(partial(self._write, key, entry, keep_s, lease))
+        io.write(partial(self._write, key, entry, keep_s, lease))
 
     def _write(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None) -> bool:
         if self._pending.get(key) is not entry:
@@ -179,9 +186,9 @@ class DiskStore:
 
     def delete(self, key: bytes, /) -> None:
         """Delete in the background; later reads do not see it. From any thread."""
-        if not self._closed and not self._keeper.given_up:
+        if not self._closed and not self._keeper.given_up and (io := self._io()) is not None:
             self._note(key, _DELETED)
-            self._io().write(partial(self._delete, key))
+            io.write(partial(self._delete, key))
 
     def _delete(self, key: bytes) -> bool:
         if key in self._pending and self._pending[key] is not _DELETED:
@@ -193,16 +200,17 @@ class DiskStore:
 
     def discard(self, match: Match, /) -> None:
         """Delete in the background what matches; until that is done, nothing is read from disk."""
-        if self._closed or self._keeper.given_up:
+        io = None if self._closed or self._keeper.given_up else self._io()
+        if io is None:
             return
         with self._lock:
             for key, entry in self._pending.items():
                 if entry is not None and match.fits(entry):
                     self._pending[key] = _DELETED
                     self._pending_bytes -= len(entry.data)
-                    self._io().write(partial(self._delete, key))
+                    io.write(partial(self._delete, key))
             self._discards += 1
-        self._io().write(partial(self._discard, match))
+        io.write(partial(self._discard, match))
 
     def _discard(self, match: Match) -> bool:
         if not self._keeper.discard(match):
@@ -276,7 +284,7 @@ class DiskStore:
 
     def gauges(self) -> dict[str, object]:
         """What waits to be written, and whether the disk works."""
-        return {"disk": "down" if self._keeper.down else "ok", "waiting writes": len(self._pending)}
+        return {"disk": self._keeper.state, "waiting writes": len(self._pending)}
 
 
 def _each(*acts: Callable[[], None]) -> None:

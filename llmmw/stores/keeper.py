@@ -6,10 +6,11 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
-from llmmw.stores.place import Refused, prepare, quarantine
+from llmmw.stores.place import Refused, claimed, identity, prepare, quarantine
 from llmmw.stores.schema import Corrupt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from llmmw.env import Env
@@ -23,6 +24,14 @@ _BUSY_IS_TROUBLE = 4
 """Tries of one write that found the database locked (about 0.1 s); fewer are everyday life among processes."""
 _MAX_QUARANTINES = 3
 """A disk that spoils databases that fast is left alone."""
+_NO_WRITES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+"""What a write may meet while reading still works."""
+_WARNINGS = {
+    "bad row": "a row of the cache database was changed by somebody else; it is deleted",
+    "log too long": "a reader keeps the log of the cache database from being emptied; writes are dropped",
+    "too full": "the cache database is far above its size; writes are dropped until it is smaller",
+    "stuck": "the thread of the cache directory cannot be started; memory does its job",
+}
 
 
 class Keeper:
@@ -35,8 +44,10 @@ class Keeper:
         self._codec = codec
         self._network = network
         self._rows: Rows | None = None
-        self._retry_at = float("-inf")
-        self._retry_s = _FIRST_RETRY_S
+        self._file = (0, 0)
+        """Which file is open; there may be another in its place by now."""
+        self._retry = _Pause(env)
+        self._writes = _Pause(env)
         self._quarantines = 0
         self._busy = 0
         self._told: set[str] = set()
@@ -48,65 +59,79 @@ class Keeper:
     @property
     def down(self) -> bool:
         """Whether asking is pointless now; from any thread."""
-        return self.given_up or (self._rows is None and self._env.clock.monotonic() < self._retry_at)
+        return self.given_up or (self._rows is None and self._retry.is_on)
+
+    @property
+    def state(self) -> str:
+        """How it is, in words; from any thread."""
+        if self.down:
+            return "down"
+        return "no writes" if self._writes.is_on else "ok"
 
     def get(self, key: bytes) -> tuple[Entry | None, bool]:
         """The entry of a key or None, and whether a broken row stands there, to be deleted."""
-        rows = self._rows or self._open()
+        rows = self._current()
         if rows is None:
             return None, False
         try:
-            return rows.get(key), False
-        except Exception as error:  # noqa: BLE001 — a damaged database makes diskcache raise anything
+            entry = rows.get(key)
+        except Exception as error:  # noqa: BLE001 — a damaged database makes SQLite raise anything
             return None, self._is_bad_row(error)
+        self._retry.over()
+        return entry, False
 
     def _is_bad_row(self, error: Exception) -> bool:
         """Whether only one row is broken; anything else is dealt with here."""
         from llmmw.stores.rows import BadRow  # noqa: PLC0415 — diskcache is imported on this thread only
 
         if isinstance(error, BadRow):
-            self.trouble("bad row", "a row of the cache database was changed by somebody else; it is deleted")
+            self.trouble("bad row")
             return True
-        self._failed(error)
+        if _is_locked(error):
+            self.trouble("busy")
+        else:
+            self._failed(error)
         return False
 
     def set(self, key: bytes, entry: Entry, keep_s: float) -> bool:
         """Write an entry; False: not now, another process is writing. What cannot be written is dropped."""
-        rows = self._open()
-        if rows is None:
+
+        def write(rows: Rows) -> None:
+            obstacle = rows.set(key, entry, keep_s)
+            if obstacle is not None:
+                self.trouble(obstacle)
+
+        done = self._write(write)
+        if done is None:
             self.trouble("write dropped")
-            return True
-        try:
-            if not rows.set(key, entry, keep_s):
-                self.trouble("log too long", "a reader keeps the log from being emptied; writes are dropped")
-            self._busy = 0
-        except Exception as error:  # noqa: BLE001 — see get
-            return not self._is_busy(error)
-        return True
+        return done is not False
 
     def delete(self, key: bytes) -> bool:
         """Remove a row; False: not yet."""
-        rows = self._open()
-        if rows is None:
-            return self.given_up
-        try:
-            rows.delete(key)
-            self._busy = 0
-        except Exception as error:  # noqa: BLE001 — see get
-            self._is_busy(error)
-            return self.given_up
-        return True
+        return self._write(lambda rows: rows.delete(key)) or self.given_up
 
     def discard(self, match: Match) -> bool:
         """Remove all rows that match; False: not yet."""
-        rows = self._open()
+        return self._write(lambda rows: rows.discard(match)) or self.given_up
+
+    def _write(self, act: Callable[[Rows], None]) -> bool | None:
+        """Whether it was done; None where it failed or nothing can be written for a while, False: another writes."""
+        rows = None if self._writes.is_on else self._current()
         if rows is None:
-            return self.given_up
+            return None
         try:
-            rows.discard(match)
+            act(rows)
         except Exception as error:  # noqa: BLE001 — see get
-            self._is_busy(error)
-            return self.given_up
+            if not _is_locked(error):
+                self._write_failed(error)
+                return None
+            self._busy += 1
+            if self._busy == _BUSY_IS_TROUBLE:
+                self.trouble("busy")
+            return False
+        self._busy = 0
+        self._writes.over()
+        self._retry.over()
         return True
 
     def close(self) -> None:
@@ -121,37 +146,51 @@ class Keeper:
     def abandon(self) -> object:
         """After a fork: forget the parent's handle without closing it; whoever gets it keeps it alive."""
         rows, self._rows = self._rows, None
-        self._retry_at = float("-inf")
+        self._retry.over()
         return rows
 
-    def _open(self) -> Rows | None:
-        if self._rows is not None or self.down:
-            return self._rows
-        from llmmw.stores.rows import Rows  # noqa: PLC0415 — see get
+    def _current(self) -> Rows | None:
+        """The database, if it can be had now; opened anew where another file (or none) has taken its place."""
+        if self._rows is not None:
+            try:
+                if identity(self._directory) == self._file:
+                    return self._rows
+            except OSError:
+                pass  # deleted, or out of reach: opening will tell
+            self.close()
+            self.trouble("replaced")
+        return None if self.down else self._open()
 
+    def _open(self) -> Rows | None:
+        from llmmw.stores.rows import Rows  # noqa: PLC0415 — see _is_bad_row
+
+        self.opened = True
         try:
             prepare(self._directory, network=self._network)
-            self._rows = Rows(self._directory, self._max_bytes, self._codec)
-            self._retry_s = _FIRST_RETRY_S
+            with claimed(self._directory):
+                self._file = identity(self._directory)
+                self._rows = Rows(self._directory, self._max_bytes, self._codec)
+                if identity(self._directory) != self._file:
+                    raise OSError("the database was exchanged while it was opened")  # noqa: TRY301 — as if not there
         except Refused as error:
             self.given_up = True
             self.trouble("refused", f"the cache directory is not used: {error}")
         except Exception as error:  # noqa: BLE001 — see get
             self._failed(error)
-        self.opened = True
         return self._rows
 
-    def _is_busy(self, error: Exception) -> bool:
-        """Whether trying again soon may help; anything else is dealt with here."""
-        from llmmw.stores.rows import Busy  # noqa: PLC0415 — see get
+    def _write_failed(self, error: Exception) -> None:
+        from llmmw.stores.rows import Unsealable  # noqa: PLC0415 — see _is_bad_row
 
-        if isinstance(error, Busy) or (isinstance(error, sqlite3.OperationalError) and "locked" in str(error)):
-            self._busy += 1
-            if self._busy == _BUSY_IS_TROUBLE:
-                self.trouble("busy")
-            return True
-        self._failed(error)
-        return False
+        if isinstance(error, Unsealable):
+            self.trouble("codec", f"the codec cannot seal what is to be written, so it is not written: {error}")
+        elif getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_WRITES:
+            self.trouble(
+                "unavailable", f"the cache directory takes no writes now; memory does its job: {_short(error)}"
+            )
+            self._writes.begin()
+        else:
+            self._failed(error)
 
     def _failed(self, error: Exception) -> None:
         """Close, put a broken database aside, and leave the disk alone for a while."""
@@ -163,34 +202,61 @@ class Keeper:
         if broken:
             self._quarantine(error)
             return
-        locked = "locked" in str(error)
+        locked = isinstance(error, BlockingIOError) or _is_locked(error)
         self.trouble(
             "busy" if locked else "unavailable",
             "" if locked else f"the cache on disk does not work and memory does its job: {_short(error)}",
         )
-        self._wait()
+        self._retry.begin()
 
     def _quarantine(self, error: Exception) -> None:
         self._quarantines += 1
         self.trouble("corrupt", f"the cache database was broken ({_short(error)}) and put aside as *.corrupt-<time>")
         try:
-            quarantine(self._directory, self._env.clock.wall())
+            quarantine(self._directory, self._env.clock.wall(), only=self._file)
         except OSError as problem:
             self.trouble("unavailable", f"a broken cache database cannot be put aside: {_short(problem)}")
-            self._wait()
+            self._retry.begin()
         if self._quarantines >= _MAX_QUARANTINES:
             self.given_up = True
-
-    def _wait(self) -> None:
-        self._retry_at = self._env.clock.monotonic() + self._retry_s
-        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
     def trouble(self, kind: str, message: str = "") -> None:
         """Count it; with a message, warn once. From any thread."""
         self._env.emit(CacheTrouble(kind))
+        message = message or _WARNINGS.get(kind, "")
         if message and kind not in self._told:
             self._told.add(kind)
             self._env.emit(Warned(f"cache: {kind}", message))
+
+
+class _Pause:
+    """A time in which something is not tried, twice as long after each failure."""
+
+    def __init__(self, env: Env) -> None:
+        self._clock = env.clock
+        self._length_s = _FIRST_RETRY_S
+        self.until = float("-inf")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it lasts; from any thread."""
+        return self._clock.monotonic() < self.until
+
+    def begin(self) -> None:
+        """It failed again."""
+        self.until = self._clock.monotonic() + self._length_s
+        self._length_s = min(2 * self._length_s, _LAST_RETRY_S)
+
+    def over(self) -> None:
+        """It works."""
+        self.until = float("-inf")
+        self._length_s = _FIRST_RETRY_S
+
+
+def _is_locked(error: Exception) -> bool:
+    from llmmw.stores.table import is_busy  # noqa: PLC0415 — diskcache is imported on the I/O thread only
+
+    return is_busy(error)
 
 
 def _short(error: Exception) -> str:

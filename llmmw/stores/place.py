@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
+import sys
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmmw.stores.iothread import forked_badly
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 DATABASE = "cache.db"
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 _NETWORK = frozenset({
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.glusterfs",
-    "fuse.ceph", "fuse.s3fs", "gpfs", "beegfs",
+    "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "9p", "afs", "ceph", "coda", "glusterfs", "lustre", "gpfs",
+    "beegfs", "ocfs2", "gfs2", "orangefs", "virtiofs", "vboxsf", "vmhgfs", "prl_fs",
 })  # fmt: skip
+_LOCAL_FUSE = frozenset({
+    "fuse.bindfs", "fuse.encfs", "fuse.fuse-overlayfs", "fuse.gocryptfs", "fuse.mergerfs", "fuse.ntfs-3g", "fuse.zfs",
+})  # fmt: skip
+"""Any other file system in user space may be a bucket or a server somewhere, as most are."""
 _ASIDE = ".corrupt-"
+_KEPT_ASIDE = 3
+"""Broken databases kept; a disk that breaks them again and again must not fill up with them."""
+_CLAIM_TRIES, _CLAIM_PAUSE_S = 100, 0.002
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _PRIVATE_DIRECTORY, _PRIVATE_FILE = 0o700, 0o600
 
@@ -106,21 +123,84 @@ def network_file_system(directory: Path, mounts: Path = Path("/proc/self/mountin
     for line in lines:
         before, _, after = line.partition(" - ")
         fields = before.split()
-        point = Path(fields[4].replace("\\040", " "))
+        point = Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4]))
         if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
             best, kind = point, after.split()[0]
-    return kind if kind in _NETWORK else ""
+    is_network = kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
+    return kind if is_network else ""
 
 
-def quarantined(directory: Path) -> list[Path]:
-    """The plain files that `quarantine` left in a directory."""
-    return [path for path in sorted(directory.glob(f"{DATABASE}*{_ASIDE}*")) if stat.S_ISREG(path.lstat().st_mode)]
+def identity(directory: Path, database: str = DATABASE) -> tuple[int, int]:
+    """Device and number of the database file: another one in its place is another database.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = os.stat(f"{directory}/{database}")  # noqa: PTH116 — before every read; Path.stat takes twice as long
+    return found.st_dev, found.st_ino
 
 
-def quarantine(directory: Path, wall: float, *, database: str = DATABASE) -> None:
-    """Put a broken database aside, for whoever wants to know why; the next opening makes a new one."""
-    suffix = f"{_ASIDE}{int(wall)}"
-    for companion in _COMPANIONS:
-        path = directory / f"{database}{companion}"
-        if os.path.lexists(path):
-            path.rename(directory / f"{path.name}{suffix}")
+@contextlib.contextmanager
+def claimed(directory: Path, *, alone: bool = False) -> Generator[None]:
+    """Hold a directory together with others who open a database in it, or alone while one is put aside.
+
+    Else a process could meet the new database beside the log of the old one. Advisory, among llmmw's processes.
+
+    Raises:
+        BlockingIOError: others hold it otherwise.
+        OSError: the directory is gone.
+    """
+    if sys.platform == "win32":  # where nobody renames a file that is open
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        for left in reversed(range(_CLAIM_TRIES)):
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                threading.Event().wait(_CLAIM_PAUSE_S)
+        yield
+    finally:
+        os.close(handle)
+
+
+def quarantined(directory: Path, database: str = DATABASE) -> dict[Path, int]:
+    """The plain files that `quarantine` left in a directory, with the numbers in their names, oldest first."""
+    pattern = re.compile(rf"{re.escape(database)}(?:{'|'.join(_COMPANIONS)}){re.escape(_ASIDE)}(\d+)")
+    found = {path: int(match[1]) for path in directory.glob(f"{database}*") if (match := pattern.fullmatch(path.name))}
+    plain = [path for path in sorted(found, key=found.__getitem__) if stat.S_ISREG(path.lstat().st_mode)]
+    return {path: found[path] for path in plain}
+
+
+def quarantine(directory: Path, wall: float, *, database: str = DATABASE, only: tuple[int, int] | None = None) -> bool:
+    """Put a broken database aside, for whoever wants to know why; the next opening makes a new one.
+
+    Args:
+        directory: where it is.
+        wall: seconds since 1970, for the name.
+        database: its name.
+        only: the `identity` that was found broken. If the file is another by now, another process was quicker.
+
+    Returns whether it was done.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    with claimed(directory, alone=True):
+        if only is not None and identity(directory, database) != only:
+            return False
+        aside = quarantined(directory, database)
+        numbers = sorted(set(aside.values()))
+        number = max(int(wall), numbers[-1] + 1 if numbers else 0)
+        for companion in _COMPANIONS:
+            path = directory / f"{database}{companion}"
+            if os.path.lexists(path):
+                path.rename(directory / f"{path.name}{_ASIDE}{number}")
+        too_many = numbers[: max(0, len(numbers) + 1 - _KEPT_ASIDE)]
+        for path in (path for path, former in aside.items() if former in too_many):
+            path.unlink()
+    return True

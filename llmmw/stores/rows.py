@@ -1,143 +1,52 @@
-"""diskcache as a table of raw bytes: nothing in the database is executed, followed or trusted.
-
-The stock `Disk` unpickles rows and opens the file names that rows carry (CVE-2025-69872). Ours knows one kind of
-row: 32 bytes of key, one blob of value, inline. A digest over key and value stands before each value.
-"""
+"""Entries as rows of the table: sealed by the codec, and a digest over key and value before each value."""
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import diskcache  # pyright: ignore[reportMissingTypeStubs]  # it has none
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmmw.stores.entry import BadEntry, NewerEntry, decode_entry, encode_entry
-from llmmw.stores.place import DATABASE
-from llmmw.stores.schema import SETTINGS, connect, inspect
+from llmmw.stores.table import MAX_VALUE_BYTES, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from llmmw.stores.base import Codec, Match
     from llmmw.stores.entry import Entry
 
-Busy = diskcache.Timeout
-"""Another process holds the write lock."""
-
 MAX_WAL_BYTES = 64 * 1024 * 1024
-_OPEN_TRIES, _OPEN_PAUSE_S = 100, 0.002
-"""Processes that start together make the database together."""
+_MAX_EXCESS = 0.25
+"""A database that much above its size (answers grew, or the limit shrank) takes no more until it is smaller."""
 _DIGEST_BYTES = 16
-_MODE_RAW = 1
-_SELECT = "SELECT CASE WHEN mode = 1 AND filename IS NULL THEN value ELSE 0 END FROM Cache WHERE key = ? AND raw = 1"
-"""A row of another kind reads as 0, which no value of ours is."""
+_MAX_NAME_BYTES = 255
+
+Obstacle = Literal["log too long", "too full"]
 
 
 class BadRow(Exception):
     """One row is not what we wrote."""
 
 
-class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Rows of raw bytes, inline. Every other kind of row reads as b"", which no value of ours is."""
-
-    def put(self, key: object) -> Any:
-        """A key for the database: the blob, and that it is raw."""
-        if type(key) is not bytes:
-            raise TypeError("keys are bytes")
-        return sqlite3.Binary(key), True
-
-    def get(self, key: object, raw: object) -> bytes:
-        """A key from the database."""
-        return key if type(key) is bytes and raw == 1 else b""
-
-    def store(self, value: object, read: object, key: object = None) -> Any:
-        """A value for the database: size, mode, file name, blob."""
-        del read, key
-        if type(value) is not bytes:
-            raise TypeError("values are bytes")
-        return 0, _MODE_RAW, None, sqlite3.Binary(value)
-
-    def fetch(self, mode: object, filename: object, value: object, read: object) -> bytes:
-        """A value from the database."""
-        del read
-        return value if mode == _MODE_RAW and filename is None and type(value) is bytes else b""
-
-    def filename(self, key: object = None, value: object = None) -> NoReturn:
-        """No row of ours has a file."""
-        del key, value
-        raise TypeError("values are stored inline")
-
-    def remove(self, file_path: object) -> None:
-        """Whatever file a row names, it is none of ours."""
-
-
-class _Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """diskcache that tries for a fifth of a second, not for a minute, when the database is locked at opening."""
-
-    @property
-    def _sql_retry(self) -> Any:
-        execute = self._sql
-
-        def patiently(*statement: Any) -> Any:
-            if self._holds_already(*statement):
-                return None  # opening would else write each setting anew, twice, and need the lock for it
-            for _ in range(_OPEN_TRIES):
-                try:
-                    return execute(*statement)
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error):
-                        raise
-                    threading.Event().wait(_OPEN_PAUSE_S)
-            return execute(*statement)
-
-        return patiently
-
-    def _holds_already(self, sql: str, values: tuple[Any, ...] = ()) -> bool:
-        """Whether a statement would write into Settings what stands there."""
-        if sql.startswith("INSERT OR IGNORE INTO Settings"):
-            query, values = "SELECT 1 FROM Settings WHERE key = ?", values[:1]
-        elif sql.startswith("INSERT OR REPLACE INTO Settings"):
-            query = "SELECT 1 FROM Settings WHERE key = ? AND value IS ?"
-        elif sql.startswith("UPDATE Settings"):
-            query = "SELECT 1 FROM Settings WHERE value IS ? AND key = ?"
-        else:
-            return False
-        return self._sql(query, values).fetchone() is not None
-
-    def blob(self, key: bytes) -> object:
-        """What stands under a key, or None; expired or not, for entries know their own time.
-
-        diskcache's `get` takes three times as long over the same query.
-        """
-        row = self._sql(_SELECT, (key,)).fetchone()
-        return None if row is None else row[0]
-
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database and empty it, if no reader is in the way."""
-        self._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+class Unsealable(Exception):
+    """The codec did not do its work; the message says no more than the kind of its error, which may hold anything."""
 
 
 class Rows:
-    """An open database; every method on one thread.
+    """An open database; every method on one thread. Any may raise `sqlite3.Error`; see `table.is_busy`.
 
     Args:
         directory: a place that `prepare` has checked.
-        max_bytes: above this size of the database, each write removes up to ten of the oldest rows.
+        max_bytes: above this size of the database, each write removes some of the oldest rows.
         codec: transforms entries on their way.
 
     Raises:
-        Corrupt: the database holds something that neither we nor diskcache put there.
-        sqlite3.Error: it cannot be opened; `DatabaseError` itself where it is no database.
+        Refused, Corrupt, sqlite3.Error: as `Table` says.
     """
 
     def __init__(self, directory: Path, max_bytes: int, codec: Codec | None = None) -> None:
-        self._directory = directory
         self._codec = codec
-        _inspect(directory)
-        self._table: Any = _Table(str(directory), timeout=0, disk=BytesDisk, size_limit=max_bytes, **SETTINGS)
+        self._max_excess = int(max_bytes * _MAX_EXCESS)
+        self._table: Any = Table(directory, max_bytes)
 
     def get(self, key: bytes) -> Entry | None:
         """The entry of a key.
@@ -158,7 +67,7 @@ class Rows:
         if name != (self._codec.name if self._codec is not None else ""):
             return None
         try:
-            return decode_entry(self._codec.open(sealed) if self._codec is not None else sealed)
+            return decode_entry(sealed if self._codec is None else bytes(self._codec.open(sealed)))
         except NewerEntry:
             return None
         except BadEntry as error:
@@ -167,58 +76,55 @@ class Rows:
             # A codec is the user's and may raise anything (a rotated key): then the row is unreadable.
             raise BadRow(type(error).__name__) from error
 
-    def set(self, key: bytes, entry: Entry, keep_s: float) -> bool:
-        """Write an entry; False where the write-ahead log is too long and cannot be emptied now.
+    def set(self, key: bytes, entry: Entry, keep_s: float) -> Obstacle | None:
+        """Write an entry; why not, where the database takes none now.
 
         Raises:
-            Busy: another process is writing.
+            Unsealable: the codec raises or returns no bytes, or too many.
         """
-        if self._wal_bytes() > MAX_WAL_BYTES:
-            self._table.checkpoint()
-            if self._wal_bytes() > MAX_WAL_BYTES:
-                return False
-        data, name = encode_entry(entry), b""
+        table = self._table
+        if table.wal_bytes() > MAX_WAL_BYTES:
+            table.checkpoint()
+            if table.wal_bytes() > MAX_WAL_BYTES:
+                return "log too long"
+        payload = self._seal(entry)
+        if table.excess > self._max_excess:
+            table.shrink(entry.header.created)
+            return "too full"
+        table.set(key, _digest(key, payload) + payload, expire=keep_s)
+        return None
+
+    def _seal(self, entry: Entry) -> bytes:
+        sealed, name = encode_entry(entry), b""
         if self._codec is not None:
-            data, name = self._codec.seal(data), self._codec.name.encode()
-        payload = bytes([len(name)]) + name + data
-        self._table.set(key, _digest(key, payload) + payload, expire=keep_s)
-        return True
+            try:
+                sealed, name = self._codec.seal(sealed), self._codec.name.encode()
+            except Exception as error:  # noqa: BLE001 — it is the user's and may raise anything
+                raise Unsealable(type(error).__name__) from None
+            if type(sealed) is not bytes or len(name) > _MAX_NAME_BYTES:
+                raise Unsealable(f"{type(sealed).__name__} in place of bytes, or a name that is too long")
+        if len(sealed) > MAX_VALUE_BYTES - 2 * _MAX_NAME_BYTES:
+            raise Unsealable("too long")
+        return bytes([len(name)]) + name + sealed
 
     def delete(self, key: bytes) -> None:
-        """Remove a row.
-
-        Raises:
-            Busy: another process is writing.
-        """
-        self._table.delete(key)
+        """Remove a row."""
+        self._table.remove(key)
 
     def discard(self, match: Match) -> None:
-        """Remove all rows whose entries match.
+        """Remove all rows whose entries match. If it raises, some may be gone already."""
+        self._table.remove_rows([row for row, key, value in self._table.rows() if self._fits(match, key, value)])
 
-        Raises:
-            Busy: another process is writing; some may be gone already.
-        """
-        for key in self.keys():
-            try:
-                entry = self.get(key)
-            except BadRow:
-                continue
-            if entry is not None and match.fits(entry):
-                self._table.delete(key)
-
-    def keys(self) -> Iterator[bytes]:
-        """Every key of ours."""
-        return (key for key in self._table if key)
+    def _fits(self, match: Match, key: object, value: object) -> bool:
+        try:
+            entry = self._read(key, value) if type(key) is bytes else None
+        except BadRow:
+            return False
+        return entry is not None and match.fits(entry)
 
     def close(self) -> None:
         """Close the database, on the thread that opened it."""
         self._table.close()
-
-    def _wal_bytes(self) -> int:
-        try:
-            return (self._directory / f"{DATABASE}-wal").stat().st_size
-        except FileNotFoundError:
-            return 0
 
 
 def _digest(key: bytes, payload: bytes) -> bytes:
@@ -231,15 +137,3 @@ def _split(payload: bytes) -> tuple[str, bytes]:
         raise BadRow("empty")
     end = 1 + payload[0]
     return payload[1:end].decode("utf-8", "replace"), payload[end:]
-
-
-def _inspect(directory: Path) -> None:
-    connection = connect(directory, _OPEN_TRIES * _OPEN_PAUSE_S)
-    try:
-        if not connection.execute("PRAGMA page_count").fetchone()[0]:
-            # Set here, where a lock is an error at once; diskcache would try for a minute.
-            connection.execute("PRAGMA auto_vacuum = 1")
-        connection.execute("PRAGMA journal_mode = wal").fetchall()
-        inspect(connection)
-    finally:
-        connection.close()

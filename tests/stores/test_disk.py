@@ -221,7 +221,7 @@ async def test_disk_02_a_database_locked_while_it_must_be_completed_is_a_miss_an
     assert rig.store.gauges()["disk"] == "down"
     assert await rig.store.get(KEY) is None
     await asyncio.to_thread(lock.release)
-    rig.store._keeper._retry_at = 0.0
+    rig.store._keeper._retry.until = 0.0
     assert await rig.store.get(KEY) is not None
     await rig.store.aclose()
 
@@ -379,7 +379,7 @@ async def test_disk_06_a_changed_row_is_a_miss_counted_and_deleted(place, what):
     assert found is None
     assert rig.troubles() == ["bad row"]
     rows = Rows(place, 2**26)
-    assert list(rows.keys()) == []
+    assert list(rows._table.rows()) == []
     rows.close()
 
 
@@ -447,7 +447,7 @@ async def test_a_disk_that_spoils_every_database_is_left_alone(place, monkeypatc
     def spoilt(*_):
         raise sqlite3.DatabaseError("malformed")
 
-    monkeypatch.setattr("llmmw.stores.rows._inspect", spoilt)
+    monkeypatch.setattr("llmmw.stores.table.inspect", spoilt)
     rig = Rig(place)
     for _ in range(5):
         assert await rig.store.get(KEY) is None
@@ -457,7 +457,7 @@ async def test_a_disk_that_spoils_every_database_is_left_alone(place, monkeypatc
 
 
 async def test_what_cannot_be_put_aside_is_left_for_later(place, monkeypatch):
-    def no(*_):
+    def no(*_args, **_options):
         raise PermissionError("read-only")
 
     prepare(place)
@@ -492,15 +492,15 @@ async def test_a_full_or_failing_disk_is_counted_warned_of_once_and_tried_again_
             await asyncio.sleep(0.001)
         assert rig.store.gauges()["disk"] == "down"
         for job in (lambda: rig.store._keeper.get(KEY), lambda: rig.store._keeper.discard(Match("tag", "t"))):
-            rig.store._keeper._retry_at = 0.0
+            rig.store._keeper._retry.until = 0.0
             rig.store._io().read(job)
             await served(rig)
         rig.store.delete(KEY)
-        rig.store._keeper._retry_at = 0.0
+        rig.store._keeper._retry.until = 0.0
         await served(rig)
-    rig.store._keeper._retry_at = 0.0
+    rig.store._keeper._retry.until = 0.0
     while rig.store.gauges()["waiting writes"]:
-        rig.store._keeper._retry_at = 0.0
+        rig.store._keeper._retry.until = 0.0
         await asyncio.sleep(0.001)
     assert rig.warnings() == ["cache: unavailable"]
     rig.store.put(KEY, entry(), 60)
@@ -510,7 +510,7 @@ async def test_a_full_or_failing_disk_is_counted_warned_of_once_and_tried_again_
 
 async def test_writes_are_dropped_while_the_disk_is_down(place):
     rig = Rig(place)
-    rig.store._keeper._retry_at = float("inf")
+    rig.store._keeper._retry.until = float("inf")
     rig.store.put(KEY, entry(), 60)
     await rig.store.aclose()
     assert rig.troubles() == ["write dropped"]
@@ -665,7 +665,7 @@ def test_what_is_queued_when_the_process_ends_is_written(place):
     )
     subprocess.run([sys.executable, "-W", "error", "-c", source, str(place)], check=True, timeout=30)
     rows = Rows(Path(place), 2**26)
-    assert len(list(rows.keys())) == 50
+    assert len(list(rows._table.rows())) == 50
     rows.close()
 
 
