@@ -106,7 +106,11 @@ class HttpcoreEngine:
     def give(self, shard: _Shard) -> None:
         """A request is over."""
         shard.idle_since = self._loop.time()
-        if shard in self._shards:
+        if shard not in self._shards:
+            return
+        if _has_more(shard.pool):
+            self._close(shard)
+        else:
             self._free[shard.proxy].append(shard)
 
     def _open(self, proxy: str | None) -> _Shard:
@@ -220,3 +224,14 @@ def _ssl_context(core: Any, verify: bool) -> ssl.SSLContext:  # noqa: FBT001 —
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _has_more(pool: Any) -> bool:
+    """Whether the server sent more than its answer: httpcore would take that for the answer to the next request."""
+    for connection in pool.connections:
+        inner = connection
+        while inner is not None and not hasattr(inner, "_h11_state"):
+            inner = getattr(inner, "_connection", None)
+        if inner is not None and getattr(inner, "_h11_state").trailing_data[0]:  # noqa: B009 — httpcore's own
+            return True
+    return False
