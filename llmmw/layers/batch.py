@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.algo.batchmates import grouping
 from llmmw.algo.batchplan import Limits
-from llmmw.errors import DeadlineExceeded, QueueFull
+from llmmw.errors import QueueFull
 from llmmw.events import RefusedEarly
-from llmmw.interrupt import Until
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.gather import GO, Gathering, closed_error
 from llmmw.order import Role
 from llmmw.settings import choice, positive_seconds, settings, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from llmmw.algo.batchmates import Grouping
     from llmmw.call import Call, Handler, Reply
     from llmmw.env import Env
-
-
-T = TypeVar("T")
 
 
 @settings
@@ -110,14 +105,13 @@ class BoundBatcher(Bound):
         Raises:
             QueueFull: too many unanswered calls, and `when_full="refuse"`.
             Closed: the engine was closed before the call was sent.
-            DeadlineExceeded: the caller's own deadline passed, here or in a request that others still wait for.
         """
         gathering, group = self._gathering, grouping(call)
         entrance = gathering.entrance
         if entrance.full and self._options.when_full == "refuse":
             self.env.emit(RefusedEarly("batch", "queue full"))
             raise QueueFull(f"Batcher(max_queue={self._options.max_queue}): so many calls are unanswered")
-        await self._in_time(call, entrance.enter(), lambda: False)
+        await entrance.enter()
         try:
             if self._closed or (self._draining and not self._options.drain):
                 raise closed_error()
@@ -131,8 +125,8 @@ class BoundBatcher(Bound):
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         item = gathering.submit(call, group, waiter)
         try:
-            landed = await self._in_time(call, waiter, lambda: item.exchange is not None)
-        except (asyncio.CancelledError, DeadlineExceeded):
+            landed = await waiter
+        except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.result() is GO:
                 gathering.over()
             elif item.leave(waiter):
@@ -147,22 +141,6 @@ class BoundBatcher(Bound):
             raise landed
         reply: Reply = landed
         return reply
-
-    def _in_time(self, call: Call, work: Awaitable[T], was_sent: Callable[[], bool]) -> Awaitable[T]:
-        """`work`, given up at the caller's deadline: a joint request lasts as long as the latest of its callers."""
-        if call.deadline is None:
-            return work
-
-        def moment() -> float:
-            return math.inf if call.deadline is None else call.deadline  # a flight's may move
-
-        def error() -> DeadlineExceeded:
-            sent = was_sent()
-            if not sent:
-                self.env.emit(RefusedEarly("batch", "deadline passed"))
-            return DeadlineExceeded("the deadline passed while the call was in the batcher", sent=sent)
-
-        return Until(work, self.env.clock, moment, error)
 
     def tick(self) -> None:
         """Every agent of the step has asked: let everything go."""

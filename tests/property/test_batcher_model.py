@@ -14,6 +14,7 @@ from llmmw import errors
 from llmmw.call import Call, Context, Reply
 from llmmw.env import Env
 from llmmw.layers.batch import Batcher
+from llmmw.layers.deadline import Deadline
 from llmmw.testing.clock import ManualClock, ManualLoop
 from llmmw.testing.fake import chat_body, chat_call, error_reply
 
@@ -116,6 +117,7 @@ class BatcherModel(RuleBasedStateMachine):
         )
         env = Env(clock=self.clock, seed=1).endowed(frozenset({"batch:chat", "batch:complete"}))
         self.batcher: BoundBatcher = options.bind(self.upstream, env)
+        self.timely = Deadline(10_000).bind(self.batcher, env)
         self.calls: list[tuple[str, Call, asyncio.Task[Reply]]] = []
         self.left: set[asyncio.Task[Reply]] = set()
         self.closing = self.shed = self.ever_bad = False
@@ -168,7 +170,7 @@ class BatcherModel(RuleBasedStateMachine):
         call = chat_call(prompt, context=context, model=kind, temperature=int(temperature))
 
         async def ask() -> Reply:
-            return await self.batcher(call)
+            return await self.timely(call)
 
         self.calls.append((prompt, call, self.runner.get_loop().create_task(ask())))
 
