@@ -13,6 +13,11 @@ MIN_COST_S = 0.001
 """An answer of unknown cost counts as a millisecond: then popularity and size still decide."""
 
 _SLACK = 64
+_STEP = 4
+"""Accounts moved per write while the heap is being cleared of closed ones: all at once would hold the loop up."""
+_TRIES = 64
+"""Accounts looked at per eviction. After a time of many hits and no eviction all are out of date, and to bring them up
+to date at once would take as long as there are accounts."""
 
 
 class Slot:
@@ -39,6 +44,8 @@ class GDSF:
     def __init__(self) -> None:
         self.floor = 0.0
         self._heap: list[tuple[float, int, Slot]] = []
+        self._former: list[tuple[float, int, Slot]] = []
+        """The heap before this one, until all that is alive in it has moved."""
         self._count = 0
         self._live = 0
 
@@ -68,26 +75,54 @@ class GDSF:
         """The item is gone for another reason (expired, replaced, invalidated)."""
         slot.alive = False
         self._live -= 1
-        if len(self._heap) > 2 * self._live + _SLACK:
-            self._heap = [entry for entry in self._heap if entry[2].alive]
-            heapq.heapify(self._heap)
+        if not self._former and len(self._heap) > 2 * self._live + _SLACK:
+            self._former, self._heap = self._heap, []
+        self._move()
 
     def evict(self) -> Slot | None:
-        """Close the account of the item worth least; None when there is none."""
-        while self._heap:
-            recorded, _, slot = heapq.heappop(self._heap)
-            if not slot.alive:
-                continue
-            # Worth only grows, so what stands in the heap is a lower bound and the least is found exactly.
-            if slot.worth() > recorded:
-                self._push(slot)
-                continue
-            slot.alive = False
+        """Close the account of the item worth least; None when there is none.
+
+        Where more than 64 items were asked for since they were last looked at, the least of those 64.
+        """
+        least: Slot | None = None
+        worth = 0.0
+        for _ in range(_TRIES):
+            entry = self._pop()
+            if entry is None:
+                break
+            recorded, _, slot = entry
+            now = slot.worth()
+            if least is None or now < worth:
+                least, worth = slot, now
+            # Worth only grows, so what stands in the heap is a lower bound, and the least is found exactly.
+            if now <= recorded:
+                least, worth = slot, now
+                break
+            self._push(slot)
+        if least is not None:
+            least.alive = False
             self._live -= 1
-            self.floor = recorded
-            return slot
+            self.floor = max(self.floor, worth)
+        return least
+
+    def _pop(self) -> tuple[float, int, Slot] | None:
+        """The open account that was worth least when it was last looked at."""
+        while self._heap or self._former:
+            is_first = bool(self._heap) and (not self._former or self._heap[0] < self._former[0])
+            entry = heapq.heappop(self._heap if is_first else self._former)
+            if entry[2].alive:
+                return entry
         return None
 
     def _push(self, slot: Slot) -> None:
         self._count += 1
         heapq.heappush(self._heap, (slot.worth(), self._count, slot))
+        self._move()
+
+    def _move(self) -> None:
+        for _ in range(_STEP):
+            if not self._former:
+                return
+            entry = self._former.pop()  # the last of a heap can go without disturbing it
+            if entry[2].alive:
+                heapq.heappush(self._heap, entry)

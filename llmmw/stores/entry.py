@@ -68,7 +68,9 @@ class Entry(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Bytes it takes in memory, objects included."""
-        return len(self.data) + len(self.header.cuts or ()) * 36 + _OVERHEAD
+        header = self.header
+        named = len(header.namespace) + (sum(map(len, header.tags)) if header.tags else 0)
+        return len(self.data) + len(header.cuts or ()) * 36 + named + _OVERHEAD
 
     @property
     def is_stream(self) -> bool:

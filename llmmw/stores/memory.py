@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from typing import TYPE_CHECKING
 
+from llmmw.algo.calendar import Calendar
 from llmmw.algo.evict import GDSF, Slot
 
 if TYPE_CHECKING:
@@ -16,21 +16,22 @@ _MAX_SHARE = 0.1
 """No item takes more than this share of the budget: one giant would cost many useful ones."""
 _SWEEP = 16
 """Expired items dropped per write, so that no write pays for a whole generation expiring at once."""
-_SLACK = 64
 
 
 class Resident:
     """An entry in memory, with its times on the monotonic clock."""
 
-    __slots__ = ("entry", "expires", "gone", "reply", "slot")
+    __slots__ = ("drawer", "entry", "expires", "gone", "reply", "slot")
 
-    def __init__(self, entry: Entry, expires: float, gone: float, slot: Slot) -> None:
+    def __init__(self, entry: Entry, expires: float, gone: float, slot: Slot, drawer: float) -> None:
         self.entry = entry
         self.expires = expires
         """Until then it is fresh."""
         self.gone = gone
         """Until then it may be served stale."""
         self.slot = slot
+        self.drawer = drawer
+        """Where the calendar has it."""
         self.reply: Reply | None = None
         """The hit as it is given to plain calls, once it was made."""
 
@@ -43,7 +44,7 @@ class MemoryStore:
         self._max_entries = max_entries
         self._entries: dict[bytes, Resident] = {}
         self._policy = GDSF()
-        self._ends: list[tuple[float, bytes]] = []
+        self._ends = Calendar()
         self._bytes = 0
         self.evicted = 0
         self.refused = 0
@@ -74,7 +75,8 @@ class MemoryStore:
     def put(self, key: bytes, entry: Entry, expires: float, gone: float, now: float) -> Resident | None:
         """Keep an entry, giving up others for it; None where it is too large to be kept at all."""
         size = entry.size
-        self._sweep(now)
+        for over in self._ends.over(now, _SWEEP):
+            self.delete(over)
         former = self._entries.get(key)
         if size > self.max_item_bytes:
             self.refused += 1
@@ -85,12 +87,8 @@ class MemoryStore:
         while self._entries and (self._bytes + size > self._max_bytes or len(self._entries) >= self._max_entries):
             self._evict()
         slot = self._policy.add(key, size, entry.header.cost_s, hits=hits)
-        resident = self._entries[key] = Resident(entry, expires, gone, slot)
+        resident = self._entries[key] = Resident(entry, expires, gone, slot, self._ends.add(key, gone, now))
         self._bytes += size
-        heapq.heappush(self._ends, (gone, key))
-        if len(self._ends) > 2 * len(self._entries) + _SLACK:
-            self._ends = [(found.gone, name) for name, found in self._entries.items()]
-            heapq.heapify(self._ends)
         return resident
 
     def delete(self, key: bytes) -> bool:
@@ -100,6 +98,7 @@ class MemoryStore:
             return False
         self._bytes -= resident.slot.size
         self._policy.remove(resident.slot)
+        self._ends.remove(key, resident.drawer)
         return True
 
     def discard(self, match: Match) -> int:
@@ -109,15 +108,6 @@ class MemoryStore:
     def _evict(self) -> None:
         slot = self._policy.evict()
         if slot is not None:
-            del self._entries[slot.key]
+            self._ends.remove(slot.key, self._entries.pop(slot.key).drawer)
             self._bytes -= slot.size
             self.evicted += 1
-
-    def _sweep(self, now: float) -> None:
-        for _ in range(_SWEEP):
-            if not self._ends or self._ends[0][0] > now:
-                return
-            _, key = heapq.heappop(self._ends)
-            resident = self._entries.get(key)
-            if resident is not None and resident.gone <= now:
-                self.delete(key)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import OrderedDict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmw.algo.evict import GDSF
+from llmmw.algo.evict import GDSF, Slot
 
 
 def test_what_saves_fewer_seconds_per_byte_goes_first():
@@ -52,8 +53,35 @@ def test_removed_items_are_never_evicted_and_take_no_room():
     for index in range(1000):
         policy.remove(policy.add(index.to_bytes(2, "big"), 10, 1.0))
     assert len(policy) == 0
-    assert len(policy._heap) < 200
+    assert len(policy._heap) + len(policy._former) < 200
     assert policy.evict() is None
+
+
+def test_after_a_storm_of_hits_an_eviction_looks_at_a_few_and_takes_the_least_of_them(monkeypatch):
+    policy = GDSF()
+    slots = [policy.add(index.to_bytes(4, "big"), 10, 1.0 + index % 7) for index in range(5000)]
+    for slot in slots:
+        policy.touch(slot)
+    looked, worth = [], Slot.worth
+    with monkeypatch.context() as watched:
+        watched.setattr(Slot, "worth", lambda slot: (looked.append(slot), worth(slot))[1])
+        found = policy.evict()
+    assert len(looked) <= 2 * 64
+    assert found.worth() == min(map(worth, looked)) == policy.floor
+    assert not found.alive
+
+
+def test_clearing_the_heap_is_spread_over_many_steps():
+    policy = GDSF()
+    slots = [policy.add(index.to_bytes(4, "big"), 10, 1.0) for index in range(10_000)]
+    sizes = []
+    for slot in slots[:9_000]:
+        policy.remove(slot)
+        sizes.append(len(policy._heap) + len(policy._former))
+    assert max(a - b for a, b in itertools.pairwise(sizes)) <= 4
+    assert [policy.evict().alive for _ in range(1000)] == [False] * 1000
+    assert policy.evict() is None
+    assert len(policy) == 0
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)

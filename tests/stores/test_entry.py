@@ -72,3 +72,11 @@ def test_times_must_be_times(times):
     broken = Entry(msgspec.structs.replace(FULL.header, **times), FULL.data)
     with pytest.raises(BadEntry):
         decode_entry(encode_entry(broken))
+
+
+def test_what_a_user_names_counts_as_well_as_what_a_server_sends():
+    def size(**fields):
+        return Entry(Header(0.0, 1.0, **fields), b"x" * 100).size
+
+    assert size(namespace="n" * 1000) == size(tags=("t" * 400, "u" * 600)) == size() + 1000
+    assert size(cuts=(50, 50)) == size() + 72
