@@ -14,7 +14,7 @@ from llmmw.layers.attempt import after, annotate, attempt_of, exchange_of, make_
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.hedge import Hedger
 from llmmw.order import Role
-from llmmw.settings import positive_seconds, seconds, settings, switch, whole
+from llmmw.settings import positive_seconds, seconds, settings, whole
 
 if TYPE_CHECKING:
     from llmmw.algo.backoff import Verdict
@@ -61,8 +61,6 @@ class Retry(Positioned):
     hedge: bool = False
 
     def __post_init__(self) -> None:
-        switch("Retry(duplicate_ok=)", self.duplicate_ok)
-        switch("Retry(hedge=)", self.hedge)
         whole("Retry(attempts=)", self.attempts, low=1, high=100)
         whole("Retry(budget=)", self.budget, low=0)
         object.__setattr__(self, "backoff", positive_seconds("Retry(backoff=)", self.backoff))

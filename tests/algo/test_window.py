@@ -204,3 +204,26 @@ def test_tickets_are_values() -> None:
     assert Ticket(1) == Ticket(1, 0)
     with pytest.raises(AttributeError):
         Ticket(1).probe = 2  # type: ignore[misc]
+
+
+def test_rest_is_never_cut_short_by_a_paced_probe_that_fails() -> None:
+    circuit = Circuit(CircuitRules(consecutive=1, open_s=0.5, max_open_s=10))
+    now = until = 0.0
+    for draw in (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0):
+        probe = circuit.admit(now, alone=True)
+        assert probe is not None
+        circuit.record(probe, "failed", now, draw=draw)
+        assert circuit.retry_at(now) >= until
+        assert circuit.admit(now + 0.49, alone=True) is None
+        now, until = circuit.retry_at(now, alone=True), circuit.retry_at(now)
+    assert until == pytest.approx(
+        6 * 0.55 - 0.55 + 11
+    )  # that of the sixth opening, not the tenth second after the last
+
+
+def test_paced_probe_does_not_come_before_the_server_wants_it() -> None:
+    circuit = Circuit(CircuitRules(consecutive=1, open_s=5, max_open_s=60))
+    ticket = circuit.admit(0.0)
+    assert ticket is not None
+    circuit.record(ticket, "failed", 0.0, asked_s=40.0)
+    assert circuit.retry_at(0.0, alone=True) == circuit.retry_at(0.0) == 40.0
