@@ -6,7 +6,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
-from llmmw.stores.place import Refused, claimed, identity, prepare, quarantine
+from llmmw.stores.place import Refused, check, claimed, identity, prepare, quarantine
 from llmmw.stores.schema import Corrupt
 
 if TYPE_CHECKING:
@@ -170,9 +170,11 @@ class Keeper:
             with claimed(self._directory):
                 self._file = identity(self._directory)
                 self._rows = Rows(self._directory, self._max_bytes, self._codec)
+                check(self._directory, network=True)  # once more: SQLite follows links
                 if identity(self._directory) != self._file:
                     raise OSError("the database was exchanged while it was opened")  # noqa: TRY301 — as if not there
         except Refused as error:
+            self.close()
             self.given_up = True
             self.trouble("refused", f"the cache directory is not used: {error}")
         except Exception as error:  # noqa: BLE001 — see get
