@@ -245,4 +245,4 @@ class Client(ClientBase):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        await self.engine.__aexit__(kind, error, traceback)

@@ -105,7 +105,7 @@ class SyncClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.engine.__exit__(kind, error, traceback)
 
     def __repr__(self) -> str:
         return f"SyncClient({self.engine!r})"

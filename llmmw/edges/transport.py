@@ -23,6 +23,7 @@ from llmmw.stack import Stack
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
 
     from llmmw.call import Call, Chunk, Chunks, Reply
     from llmmw.engine import Engine
@@ -103,6 +104,15 @@ class AsyncTransport(_Transport):
         await self.edge.engine.__aenter__()
         return self
 
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        """Close the engine; trouble with that does not hide the body's exception."""
+        await self.edge.engine.__aexit__(kind, error, traceback)
+
 
 class SyncTransport(_Transport):
     """For the library's `BaseTransport`."""
@@ -123,6 +133,15 @@ class SyncTransport(_Transport):
     def __enter__(self) -> Self:
         self.edge.engine.__enter__()
         return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        """Close the engine; trouble with that does not hide the body's exception."""
+        self.edge.engine.__exit__(kind, error, traceback)
 
 
 class _Body:

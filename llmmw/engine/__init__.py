@@ -7,6 +7,7 @@ ends several things of which each may fail.
 
 from __future__ import annotations
 
-from llmmw.engine.engine import DRAIN_S, Engine
+from llmmw.engine.closing import DRAIN_S
+from llmmw.engine.engine import Engine
 
 __all__ = ["DRAIN_S", "Engine"]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from llmmw.errors import Closed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+DRAIN_S = 30.0
+"""How long a close waits for calls in flight before it cancels them."""
+GRACE_S = 5.0
+"""How long it waits after a body that was interrupted (Ctrl-C, a cancellation): somebody wants to go."""
+
+
+def patience_after(error: BaseException | None) -> float:
+    """How long the close at the end of a body waits, given what the body raised."""
+    return GRACE_S if isinstance(error, asyncio.CancelledError | KeyboardInterrupt) else DRAIN_S
 
 
 class Closable(Protocol):

@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
-from llmmw.engine.closing import close_all, closed_error, note_or_raise
+from llmmw.engine.closing import DRAIN_S, close_all, closed_error, note_or_raise, patience_after
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
@@ -34,12 +34,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DRAIN_S = 30.0
-"""How long `aclose` waits for calls in flight before it cancels them."""
-
 
 class Engine(Forgetting):
     """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
+
+    At the end of its body `with` waits 30 s for calls in flight, after an interrupt (Ctrl-C, a cancellation) 5 s.
 
     Args:
         handler: the outermost handler.
@@ -289,7 +288,7 @@ class Engine(Forgetting):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            await self.aclose()
+            await self.aclose(drain_timeout=patience_after(error))
         except Exception as problem:  # noqa: BLE001 — told all the same
             note_or_raise(error, problem)
 
@@ -301,7 +300,7 @@ class Engine(Forgetting):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self.close(drain_timeout=patience_after(error))
         except Exception as problem:  # noqa: BLE001 — as above
             note_or_raise(error, problem)
 

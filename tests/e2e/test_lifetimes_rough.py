@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import llmmw
 from llmmw import Client, Closed, Stack, SyncClient
 from llmmw.layers.base import Bound
 from llmmw.order import Role
@@ -263,6 +264,24 @@ def test_async_a_part_that_cannot_close_hides_no_error_and_keeps_nothing_open(en
     assert own_threads() == []
     with pytest.raises(OSError, match="cannot close"):
         Stack(Stubborn()).bind(FakeUpstream()).close()
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("make", [Client, SyncClient, llmmw.httpx_client, llmmw.httpx2_client, llmmw.httpx_sync_client])
+def test_async_no_client_hides_the_bodys_error_behind_its_own(make, server):
+    async def body(client):
+        async with client:
+            raise ValueError("the body's")
+
+    def plain(client):
+        with client:
+            raise ValueError("the body's")
+
+    stack = Stack(Stubborn())
+    client = make(server.base_url, stack=stack) if make in {Client, SyncClient} else make(stack)
+    with pytest.raises(ValueError, match="the body's") as caught:
+        plain(client) if hasattr(client, "__enter__") else asyncio.run(body(client))
+    assert "cannot close" in caught.value.__notes__[0]
     assert own_threads() == []
 
 
