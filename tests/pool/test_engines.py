@@ -289,23 +289,27 @@ class PoolContract:
             assert pool.gauges()["in_flight"] == 0
 
     async def test_closing_a_body_early_closes_the_connection_and_frees_the_slot(self, make: Any) -> None:
+        gone = asyncio.Semaphore(0)
+
         async def endless(_: RawRequest, writer: Writer) -> None:
             writer.write(answer_bytes(200, b"", transfer_encoding="chunked"))
-            while not server.gone.is_set():
-                writer.write(b"1\r\nx\r\n")
-                await writer.drain()
-                await asyncio.sleep(0.001)
+            try:
+                while True:
+                    writer.write(b"1\r\nx\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.001)
+            finally:
+                gone.release()
 
         async with RawServer(endless) as server:
             pool = make(max_connections=1)
             for _ in range(3):
-                server.gone.clear()
                 body = (await pool.request(post(server))).body
                 assert (await anext(body)).startswith(b"x")
                 await body.aclose()
                 await body.aclose()
                 async with asyncio.timeout(5):
-                    await server.gone.wait()
+                    await gone.acquire()
             assert pool.gauges()["in_flight"] == 0
 
     async def test_pool_01_cancelled_requests_leak_no_slot(self, make: Any) -> None:
