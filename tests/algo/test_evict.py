@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections import OrderedDict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +64,7 @@ def test_after_a_storm_of_hits_an_eviction_looks_at_a_few_and_takes_the_least_of
     with monkeypatch.context() as watched:
         watched.setattr(Slot, "worth", lambda slot: (looked.append(slot), worth(slot))[1])
         found = policy.evict()
-    assert len(looked) <= 2 * 64
+    assert len(looked) <= 2 * 32
     assert found.worth() == min(map(worth, looked)) == policy.floor
     assert not found.alive
 
@@ -106,50 +104,3 @@ def test_the_item_evicted_is_always_the_one_worth_least(steps):
                 assert found.worth() == least == policy.floor
                 del live[found.key]
         assert len(policy) == len(live)
-
-
-def trace(rng, length):
-    """Zipf questions with one-off questions in between, each with a size and a cost of its own."""
-    population = [(index, rng.lognormvariate(6.5, 1.0), rng.lognormvariate(0.0, 1.2)) for index in range(3000)]
-    weights = [1 / (rank + 1) for rank in range(3000)]
-    popular = iter(rng.choices(population, weights, k=length))
-    for number in range(length):
-        if number % 2:
-            yield (f"once {number}", rng.lognormvariate(6.5, 1.0), rng.lognormvariate(0.0, 1.2))
-        else:
-            yield next(popular)
-
-
-def lru(asked, capacity):
-    held, used, saved, total = OrderedDict(), 0.0, 0.0, 0.0
-    for key, size, cost in asked:
-        total += cost
-        if key in held:
-            held.move_to_end(key)
-            saved += cost
-            continue
-        held[key], used = size, used + size
-        while used > capacity:
-            used -= held.popitem(last=False)[1]
-    return saved / total
-
-
-def gdsf(asked, capacity):
-    policy, held, used, saved, total = GDSF(), {}, 0.0, 0.0, 0.0
-    for key, size, cost in asked:
-        total += cost
-        if key in held:
-            policy.touch(held[key])
-            saved += cost
-            continue
-        while used + size > capacity:
-            gone = policy.evict()
-            used -= gone.size
-            del held[gone.key]
-        held[key], used = policy.add(key, size, cost), used + size
-    return saved / total
-
-
-def test_cache_18_saves_a_fifth_more_seconds_than_lru_on_zipf_with_scans():
-    asked = list(trace(random.Random(1), 20_000))
-    assert gdsf(asked, 500_000) >= 1.2 * lru(asked, 500_000)
