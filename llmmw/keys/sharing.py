@@ -7,7 +7,9 @@ key a call may be answered by another call's answer.
 from __future__ import annotations
 
 import heapq
+import os
 import threading
+import weakref
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -189,9 +191,14 @@ class Lanes:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._next: dict[bytes, int] = {}
         self._returned: dict[bytes, list[int]] = {}
+        self.after_fork()
+        _lanes.add(self)
+
+    def after_fork(self) -> None:
+        """The lock may have been held by a thread that does not exist in the child."""
+        self._lock = threading.Lock()
 
     def draw(self, base: bytes, agent: str | None, sample: int | None) -> Draw:
         """The agent's next sample of a request, or the one it names."""
@@ -226,3 +233,15 @@ class Lanes:
         with self._lock:
             self._next.clear()
             self._returned.clear()
+
+
+_lanes: weakref.WeakSet[Lanes] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for lanes in list(_lanes):
+        lanes.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
