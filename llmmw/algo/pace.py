@@ -24,6 +24,11 @@ _SAFETY = 0.95
 _BURST_SHARE = 0.8
 """Part of a fitted bucket that may leave at once after a pause in which it filled again."""
 _SAME = 0.8
+_CREDIBLE = 0.7
+"""A fit far below the rate that went well for a while is the work of timings, not of the server."""
+_DOUBLING = 1.0
+"""Looking for the rate, it doubles in as long as the last pause took. A pause is what another refusal costs, so the
+search may take about as long; and an episode that lasts longer than the first by much gives an exact fit."""
 _MAX_POINTS = 128
 _HALVINGS = 24
 _NEVER = -inf
@@ -171,7 +176,8 @@ class Pace:
             return
         lasted = episode.began - finished.began
         if self._throttle.settled:
-            self._throttle.overshot(now, 1.5 * finished.admitted / lasted if self._probes else inf)
+            at_most = 1.5 * finished.admitted / lasted if self._probes else inf
+            self._throttle.overshot(now, min(at_most, self._refit(finished, lasted)))
         else:
             self._learn(finished, lasted, now)
         self._cycle, self._last_admitted = lasted, finished.admitted
@@ -183,7 +189,8 @@ class Pace:
         refused = admitted / max(ended - finished.began, self._latency)
         if self._first is None:
             self._first = shape
-            self._throttle.look_for(sqrt(steady * max(steady, refused)), admitted / 2, now)
+            pause = finished.began + lasted - ended
+            self._throttle.look_for(sqrt(steady * max(steady, refused)), _DOUBLING * pause, now)
             return
         tried = self._throttle.per_s or inf
         rate = min(_fit(self._first, shape, admitted / self._latency), tried)  # it was refused at that rate
@@ -196,6 +203,14 @@ class Pace:
         else:
             goal = _SAFETY * (admitted + 1) / lasted
             self._throttle.set_rate(steady, now, cycle=lasted, trust=SURE // 2, goal=goal)
+
+    def _refit(self, finished: _Episode, lasted: float) -> float:
+        """The rate that an episode at a learnt rate tells beside the first one; infinity where it tells nothing."""
+        if self._first is None or not self._throttle.per_s:
+            return inf
+        shape = self._shape(finished, min(finished.refused_start, finished.began + lasted))
+        rate = _fit(self._first, shape, finished.admitted / self._latency) * _SAFETY
+        return rate if rate >= _CREDIBLE * self._throttle.per_s else inf
 
     def _shape(self, episode: _Episode, ended: float) -> _Shape:
         """(t, A): in the last t seconds before its first refusal the episode admitted A; at most 128 points.

@@ -38,8 +38,8 @@ class Throttle:
     """
 
     __slots__ = (
-        "_at_top", "_cap", "_cycle", "_doubling", "_goal", "_good", "_next", "_period", "_raised", "_ramp_s", "_rate",
-        "_slack", "_soon", "_trust", "_under_way", "grants", "settled",
+        "_at_top", "_cap", "_cycle", "_doubling_s", "_goal", "_good", "_next", "_period", "_raised", "_ramp_s", "_rate",
+        "_slack", "_trust", "_under_way", "grants", "settled",
     )  # fmt: skip
 
     def __init__(self, *, ramp_s: float) -> None:
@@ -50,11 +50,10 @@ class Throttle:
         self._cap = self._under_way = _RAMP_START if ramp_s else 0
         self._period = self._ramp_s
         self._at_top = 0.0
-        self._rate = self._doubling = self._goal = self._cycle = 0.0
+        self._rate = self._doubling_s = self._goal = self._cycle = 0.0
         self._good: float | None = None
         self._next = self._raised = -inf
         self._slack = _CATCH_UP_S
-        self._soon = inf
         self._trust = 0
 
     @property
@@ -93,10 +92,10 @@ class Throttle:
         self._rate, self._cap, self._period, self._raised, self.settled = 0.0, 2, self._ramp_s, now, False
         self._at_top, self._under_way = 0.0, 2
 
-    def look_for(self, rate: float, doubling: float, now: float) -> None:
-        """Begin at this rate and double it with every so many calls."""
-        self._rate, self._cap, self._doubling, self._goal, self.settled = rate, 0, doubling, 0.0, False
-        self._next, self._soon = now, 4 * rate  # doubling by count explodes in time; the search goes on more slowly
+    def look_for(self, rate: float, doubling_s: float, now: float) -> None:
+        """Begin at this rate and double it in so many seconds (as long as calls wait for it)."""
+        self._rate, self._cap, self._doubling_s, self._goal, self.settled = rate, 0, doubling_s, 0.0, False
+        self._next = now
 
     def set_rate(
         self, rate: float, now: float, *, cycle: float, trust: int, goal: float = 0.0, slack: float = 0.0
@@ -111,7 +110,7 @@ class Throttle:
             goal: a rate that is approached quickly, where the episode only gave bounds.
             slack: seconds' worth of calls that may leave at once.
         """
-        self._rate, self._cap, self._doubling, self._goal = rate, 0, 0.0, goal
+        self._rate, self._cap, self._doubling_s, self._goal = rate, 0, 0.0, goal
         self._next, self._slack = self._after_last(now) - slack, max(slack, _CATCH_UP_S)
         self._settle(now, cycle, trust)
 
@@ -169,10 +168,8 @@ class Throttle:
     def _advance(self, now: float) -> None:
         self._next = max(self._next, now - self._slack) + 1 / self._rate
         self._slack = max(_CATCH_UP_S, min(self._slack, now - self._next))
-        if self._doubling:
-            self._rate *= 2 ** (1 / self._doubling)
-            if self._rate > self._soon:
-                self._doubling, self._soon = 16 * self._doubling, inf
+        if self._doubling_s:
+            self._rate *= 2 ** min(1.0, 1 / (self._rate * self._doubling_s))
         elif self._rate < self._goal:
             self._good = self._good or self._rate
             self._rate = min(self._goal, self._rate * _STEP)

@@ -10,6 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
+from llmmw.engine.changing import Changing
 from llmmw.engine.closing import DRAIN_S, close_all, closed_error, note_or_raise, patience_after
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Engine(Forgetting):
+class Engine(Forgetting, Changing):
     """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
 
     At the end of its body `with` waits 30 s for calls in flight, after an interrupt (Ctrl-C, a cancellation) 5 s.

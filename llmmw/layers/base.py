@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from llmmw.errors import ConfigError
 from llmmw.order import rules_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Bound:
         """
         del call, make_error
         return 0
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change settings while running, effective at once.
+
+        Raises:
+            ConfigError: a value that cannot work, or (the default) settings that cannot change.
+        """
+        raise ConfigError(f"{type(self).__name__}: {', '.join(changes)} cannot change while the layer works")
 
     def rehome(self) -> None:
         """The home loop changed or the process forked: drop tasks, futures and sockets, keep levels and entries."""

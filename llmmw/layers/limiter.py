@@ -87,7 +87,10 @@ class BoundLimiter(Bound):
         Raises:
             ConfigError: a value that cannot work, or a limit added or removed.
         """
-        layer = dataclasses.replace(self._layer, **changes)
+        try:
+            layer = dataclasses.replace(self._layer, **changes)
+        except TypeError as error:
+            raise ConfigError(f"reconfigure(): {error}") from None
         limits = self._limits_of(layer)
         if _shape(limits) != _shape(self._limits) or (layer.per, layer.shared) != (self._layer.per, self._layer.shared):
             raise ConfigError("reconfigure(): limits can be raised or lowered while running, not added or removed")
