@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmmw.engine.onhome import OnHome
 from llmmw.errors import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from llmmw.engine.home import Home
-    from llmmw.layers.base import Bound
-
-
-class Changing:
+class Changing(OnHome):
     """An engine's method that changes settings; from any thread."""
-
-    _bounds: Sequence[tuple[str, Bound]]
-    _home: Home
 
     def reconfigure(self, role: str, **changes: Any) -> None:
         """Change settings of the layer of that role, at every endpoint, effective at once: `("limit", rpm=1200)`.
@@ -33,14 +25,8 @@ class Changing:
             present = ", ".join(dict.fromkeys(name for name, _ in self._bounds)) or "none"
             raise ConfigError(f"reconfigure({role!r}): this engine has no such layer; it has: {present}")
 
-        def here() -> None:
+        def change() -> None:
             for bound in bounds:
                 bound.reconfigure(**changes)
 
-        async def there() -> None:
-            here()
-
-        if self._home.loop is None or self._home.is_here():
-            here()
-        else:
-            self._home.run_sync(there)
+        self._on_home(change)

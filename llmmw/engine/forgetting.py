@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmmw.engine.onhome import OnHome
 from llmmw.keys.identity import namespace_of
 from llmmw.settings import text
 from llmmw.stores.base import Match
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from llmmw.call import Call
-    from llmmw.engine.home import Home
     from llmmw.layers.base import Bound
 
 
-class Forgetting:
+class Forgetting(OnHome):
     """An engine's methods that make answers be asked for anew; from any thread.
 
     An answer in flight, also a stream, reaches those who wait for it, but is not stored, and who asks later does not
     join it. On disk rows go in the background, for all processes; the memory of other processes keeps what it has.
     All return how many entries left memory.
     """
-
-    _bounds: Sequence[tuple[str, Bound]]
-    _home: Home
 
     def invalidate(self, call: Call) -> int:
         """Forget the stored answer to a call, in all its lanes."""
@@ -52,10 +49,4 @@ class Forgetting:
         return self._forget(lambda bound: bound.discard(match))
 
     def _forget(self, forget: Callable[[Bound], int]) -> int:
-        def here() -> int:
-            return sum(forget(bound) for _, bound in self._bounds)
-
-        async def there() -> int:
-            return here()
-
-        return here() if self._home.loop is None or self._home.is_here() else self._home.run_sync(there)
+        return self._on_home(lambda: sum(forget(bound) for _, bound in self._bounds))
