@@ -112,12 +112,15 @@ class _ForkGuard:
     """What happens around a fork."""
 
     def __init__(self) -> None:
+        self._turn = threading.Lock()
+        """Two threads may fork at once; the second pause of a thread would wait for the end of the first."""
         self._holds: list[Hold] = []
         self._was_still = True
         self.tainted = False
 
     def before(self) -> None:
         """In the parent: all threads stand still, or have had half a second to."""
+        self._turn.acquire()
         self._was_still = False
         self._holds = [hold for thread in list(_threads) if (hold := thread.hold()) is not None]
         self._was_still = all(hold.still.wait(hold.patience_s) for hold in self._holds)
@@ -127,9 +130,11 @@ class _ForkGuard:
         holds, self._holds = self._holds, []
         for hold in holds:
             hold.go.set()
+        self._turn.release()
 
     def in_child(self) -> None:
         """Remember whether the disk may be used here; the threads exist in the parent only."""
+        self._turn = threading.Lock()
         self._holds = []
         _threads.clear()
         self.tainted = self.tainted or not self._was_still
