@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from llmmw.errors import ProtocolError, ResponseTooLarge, UpstreamTimeout
+from llmmw.errors import ProtocolError, ResponseTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmmw.pool.engine import RawResponse
     from llmmw.pool.fleet import Fleet, Generation
+    from llmmw.pool.limits import Patience
 
 MAX_RATIO = 200
 """A body that grows more than this is a bomb: JSON text compresses 3 to 30 times."""
@@ -72,7 +72,7 @@ class Body:
     However it ends, the connection goes back (or is closed), and the slot once.
     """
 
-    __slots__ = ("_fleet", "_gap_s", "_generation", "_inflater", "_left", "_lost", "_raw", "_was_cut")
+    __slots__ = ("_fleet", "_generation", "_inflater", "_left", "_lost", "_patience", "_raw", "_was_cut")
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class Body:
         lost: Callable[[BaseException], BaseException],
         *,
         max_bytes: int,
-        gap_s: float | None = None,
+        patience: Patience | None = None,
         inflater: Inflater | None = None,
     ) -> None:
         self._raw = raw
         self._fleet: Fleet | None = fleet
         self._generation = generation
         self._lost = lost
-        self._gap_s = gap_s
+        self._patience = patience
         self._inflater = inflater
         self._left = max_bytes
         self._was_cut = False
@@ -136,7 +136,7 @@ class Body:
         raw = self._raw
         try:
             while not raw.ended:
-                piece = await (raw.next() if self._gap_s is None else self._next_in_time(self._gap_s))
+                piece = await (raw.next() if self._patience is None else self._patience.piece(raw.next()))
                 if not piece:
                     break
                 piece = self._admit(piece)
@@ -158,13 +158,6 @@ class Body:
         if self._left < 0:
             raise ResponseTooLarge("the body is larger than max_response_bytes")
         return piece
-
-    async def _next_in_time(self, gap_s: float) -> bytes:
-        try:
-            async with asyncio.timeout(gap_s):
-                return await self._raw.next()
-        except TimeoutError:
-            raise UpstreamTimeout(f"the body stood still for {gap_s:g} s") from None
 
     def _end(self) -> None:
         fleet, self._fleet = self._fleet, None

@@ -14,22 +14,20 @@ from llmmw.errors import (
     Closed,
     ConnectionFailed,
     LLMMWError,
-    ProtocolError,
-    ResponseTooLarge,
     StaleConnection,
     UpstreamTimeout,
 )
 from llmmw.events import ConnectionOpened, ConnectionReused
 from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
-from llmmw.pool.engine import MAX_HEADER_BYTES, EngineOptions, Exchange, Lost
+from llmmw.pool.engine import EngineOptions, Exchange, Lost
 from llmmw.pool.fleet import Fleet
 from llmmw.pool.guard import check_headers, check_url, origin_of
+from llmmw.pool.limits import Patience, limits_of
+from llmmw.pool.response import Response, read_headers
 from llmmw.settings import seconds
 from llmmw.wire import HOP_BY_HOP, HTTPRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from llmmw.env import Env
     from llmmw.pool.engine import RawResponse
     from llmmw.pool.fleet import Generation
@@ -43,22 +41,13 @@ _WARM_BYTES = 64 * 1024
 _NOT_FORWARDED = HOP_BY_HOP | {"content-length", "accept-encoding", "expect"}
 
 
-class Response(msgspec.Struct, frozen=True):
-    """A response whose head has arrived. Read or close its body; until then it holds a connection."""
+class _Way(msgspec.Struct, frozen=True):
+    """How one request is to be sent."""
 
-    status: int
-    headers: Headers
-    """Lower-case names; hop-by-hop headers are removed, and content-encoding too, for the body is decoded."""
-    body: Body
-    reused: bool = False
-    """Whether it came over a kept-alive connection."""
-
-    def header(self, name: str) -> str:
-        """The first header of that (lower-case) name, or ""."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return ""
+    origin: str
+    connect_s: float | None
+    patience: Patience | None
+    duplicate_ok: bool
 
 
 class BoundPool:
@@ -71,10 +60,10 @@ class BoundPool:
         self.settings = settings
         self._env = env
         self._guard = guard
-        self._age_s = _optional(settings.max_connection_age)
-        self._connect_s = _optional(settings.connect_timeout)
-        self._first_byte_s = _optional(settings.first_byte_timeout)
-        self._gap_s = _optional(settings.chunk_timeout)
+        age = settings.max_connection_age
+        self._age_s = None if age is None else seconds("max_connection_age", age)
+        self._limits = limits_of(settings)
+        self._waits = (self._limits.first_byte_s, self._limits.chunk_s, self._limits.total_s) != (None, None, None)
         self._drain_s = seconds("drain_timeout", settings.drain_timeout)
         self._options = EngineOptions(
             guard=guard,
@@ -102,10 +91,10 @@ class BoundPool:
         Raises:
             Closed: the pool is closed or closing.
             ConfigError: the URL or a header is refused.
-            ConnectionFailed: nothing was sent.
+            ConnectionFailed: nothing was sent (PoolTimeout: because every connection of the pool was busy).
             StaleConnection: a kept-alive connection was dead before a byte came back.
             AmbiguousOutcome: sent, then lost.
-            UpstreamTimeout: nothing came for `first_byte_timeout`.
+            UpstreamTimeout: a time-out of the pool passed; `sent` says whether the work may be done.
             ResponseTooLarge, ProtocolError: the head of the response.
         """
         if self._closed:
@@ -114,15 +103,17 @@ class BoundPool:
         request = self._clean(request)
         fleet = self._here()
         if not fleet.try_enter():
-            await fleet.enter()
+            await fleet.enter(self._limits.pool_s)
+        patience = Patience(self._limits) if self._waits else None
         try:
-            limit = self._connect_s if connect_s is None else connect_s
-            generation, raw, exchange = await self._send(fleet, request, origin, limit, duplicate_ok=duplicate_ok)
+            limit = self._limits.connect_s if connect_s is None else connect_s
+            way = _Way(origin, limit, patience, duplicate_ok or self.settings.retry_on_stale)
+            generation, raw, exchange = await self._send(fleet, request, way)
         except BaseException:
             fleet.leave()
             raise
         try:
-            return self._respond(fleet, generation, raw, exchange)
+            return self._respond(fleet, generation, raw, exchange, patience)
         except BaseException:
             raw.abandon()
             fleet.finish(generation)
@@ -166,46 +157,39 @@ class BoundPool:
             fleet = self._fleet = Fleet(self.settings.engine, self._options, self._env, limit, self._age_s)
         return fleet
 
-    async def _send(
-        self, fleet: Fleet, request: HTTPRequest, origin: str, connect_s: float | None, *, duplicate_ok: bool
-    ) -> tuple[Generation, RawResponse, Exchange]:
-        """Send over the current connections, once more over fresh ones where the first was stale and that is safe."""
-        may_repeat = duplicate_ok or self.settings.retry_on_stale or request.method in _IDEMPOTENT
+    async def _send(self, fleet: Fleet, request: HTTPRequest, way: _Way) -> tuple[Generation, RawResponse, Exchange]:
+        """Send over the current connections.
+
+        Once more over fresh ones where the first was stale and that is safe; once more where the server says that it
+        has not begun.
+        """
+        may_repeat = way.duplicate_ok or request.method in _IDEMPOTENT
         began_again = False
         while True:
-            generation, exchange = fleet.start(), Exchange(connect_s)
+            generation, exchange = fleet.start(), Exchange(way.connect_s, self._limits.write_s)
             try:
-                if self._first_byte_s is None:
-                    return generation, await generation.engine.send(request, exchange), exchange
-                return generation, await self._send_in_time(generation, request, exchange, self._first_byte_s), exchange
+                sending = generation.engine.send(request, exchange)
+                return generation, await (sending if way.patience is None else way.patience.head(sending)), exchange
             except BaseException as error:
                 fleet.stop(generation)
+                if isinstance(error, UpstreamTimeout):
+                    error.sent = error.sent and exchange.is_sent
                 if not isinstance(error, Lost):
                     raise
                 if error.unprocessed and not fleet.dead:
                     if began_again:
-                        raise ConnectionFailed(f"not sent: {error}") from error
+                        raise ConnectionFailed(f"not sent: {error}") from None
                     began_again = True
                     continue
                 if fleet.dead or exchange.opened is not False or error.any_byte:
-                    raise self._lost(error) from error
+                    raise self._lost(error) from None
                 # Its idle neighbours are as old, so none of them is used again.
                 fleet.retire(generation)
                 if not may_repeat:
-                    raise StaleConnection(f"a kept-alive connection was dead: {error}", endpoint=origin) from error
+                    raise StaleConnection(f"a kept-alive connection was dead: {error}", endpoint=way.origin) from None
                 may_repeat = False
             finally:
-                self._tell(exchange, origin)
-
-    async def _send_in_time(
-        self, generation: Generation, request: HTTPRequest, exchange: Exchange, limit_s: float
-    ) -> RawResponse:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await generation.engine.send(request, exchange)
-        except TimeoutError:
-            sent = exchange.opened is not None
-            raise UpstreamTimeout(f"no response within {limit_s:g} s", sent=sent) from None
+                self._tell(exchange, way.origin)
 
     def _tell(self, exchange: Exchange, origin: str) -> None:
         if exchange.opened is not None:
@@ -217,15 +201,17 @@ class BoundPool:
         why = "the pool was closed during the call" if self._closed else str(error)
         return AmbiguousOutcome(f"{why}; the server may have done the work")
 
-    def _respond(self, fleet: Fleet, generation: Generation, raw: RawResponse, exchange: Exchange) -> Response:
-        headers, coding = _readable(raw.headers)
+    def _respond(
+        self, fleet: Fleet, generation: Generation, raw: RawResponse, exchange: Exchange, patience: Patience | None
+    ) -> Response:
+        headers, coding = read_headers(raw.headers)
         body = Body(
             raw,
             fleet,
             generation,
             self._lost,
             max_bytes=self.settings.max_response_bytes,
-            gap_s=self._gap_s,
+            patience=patience,
             inflater=None if coding is None else Inflater(coding, self.settings.max_response_bytes),
         )
         return Response(raw.status, headers, body, exchange.opened is False)
@@ -267,43 +253,3 @@ class BoundPool:
         if fleet is not None and fleet.is_open and not self._closed:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
             fleet.drop_from_anywhere()
-
-
-def _optional(value: float | str | None) -> float | None:
-    return None if value is None else seconds("timeout", value)  # checked when the settings were made
-
-
-_names: dict[bytes, str] = {}
-"""Header names as seen before, in lower case: servers send the same few, and decoding each costs 0.1 µs."""
-
-
-def _name(raw: bytes) -> str:
-    if len(_names) >= _REMEMBERED:
-        _names.clear()
-    name = _names[raw] = raw.decode("latin-1").lower()
-    return name
-
-
-def _readable(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, str | None]:
-    """The response's headers as text, without those of the connection; and the coding of the body, if it has one."""
-    size = 0
-    headers: list[tuple[str, str]] = []
-    coding: str | None = None
-    for raw_name, raw_value in raw:
-        size += len(raw_name) + len(raw_value)
-        name = _names.get(raw_name) or _name(raw_name)
-        value = raw_value.decode("latin-1")
-        if name == "content-encoding":
-            coding = value.strip().lower() if coding is None else f"{coding},{value}"
-        if name not in HOP_BY_HOP:
-            headers.append((name, value))
-    if size > MAX_HEADER_BYTES:
-        raise ResponseTooLarge(f"the response's headers are larger than {MAX_HEADER_BYTES} bytes")
-    if coding is None or coding in {"", "identity"}:
-        return tuple(headers), None
-    if "," in coding:
-        raise ResponseTooLarge("the body is compressed more than once")
-    if coding not in {"gzip", "x-gzip", "deflate"}:
-        raise ProtocolError(f"the body is encoded as {coding[:40]!r}, which was not asked for")
-    # The body is handed over decoded, so what describes its encoded form goes.
-    return tuple(pair for pair in headers if pair[0] not in {"content-encoding", "content-length"}), coding

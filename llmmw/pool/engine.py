@@ -4,6 +4,7 @@ An engine follows no redirect, decodes nothing, keeps no cookie, repeats nothing
 
 - `ConnectionFailed`: there was no connection, so nothing was sent;
 - `Lost`: the connection broke after the request (or a part of it) had gone out;
+- `UpstreamTimeout`: the server stopped taking the request (`Exchange.stalled`);
 - `ResponseTooLarge`, `ProtocolError`: the head of the response is over the bound or is not HTTP.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+from llmmw.errors import UpstreamTimeout
 
 if TYPE_CHECKING:
     import ssl
@@ -36,15 +39,31 @@ class EngineOptions(msgspec.Struct, frozen=True):
 class Exchange:
     """What the pool tells the engine about one request, and learns while it is under way."""
 
-    __slots__ = ("any_byte", "connect_s", "opened")
+    __slots__ = ("any_byte", "connect_s", "handed_over", "opened", "write_s")
 
-    def __init__(self, connect_s: float | None) -> None:
+    def __init__(self, connect_s: float | None, write_s: float | None = None) -> None:
         self.connect_s = connect_s
         """Seconds for name resolution, TCP and TLS."""
+        self.write_s = write_s
+        """Seconds for which the server may take nothing of the request."""
         self.opened: bool | None = None
         """Whether a connection was opened for it (True) or reused (False); None while, or where, it is not known."""
         self.any_byte = False
         """For an engine's own use: something of the response has arrived."""
+        self.handed_over = False
+        """Set by an engine that cannot tell how far it is: from now on the request may be sent."""
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the request may have reached the server."""
+        return self.opened is not None or self.handed_over
+
+    def stalled(self) -> UpstreamTimeout:
+        """The error for a request of which the server has taken nothing more for `write_s`.
+
+        The end of the request never left this process, so the server cannot have done the work.
+        """
+        return UpstreamTimeout(f"the server took nothing more of the request for {self.write_s:g} s", sent=False)
 
 
 class Lost(Exception):

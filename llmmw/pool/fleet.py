@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from llmmw.errors import Closed
+from llmmw.errors import Closed, PoolTimeout
 from llmmw.pool.engines import make_engine
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._free = max_connections
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._current: Generation | None = None
         self._generations: set[Generation] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,7 +60,7 @@ class Fleet:
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return sum(not turn.done() for turn in tuple(self._queue))
+        return len(self._queue)
 
     @property
     def is_open(self) -> bool:
@@ -84,22 +84,30 @@ class Fleet:
         self.active += 1
         return True
 
-    async def enter(self) -> None:
+    async def enter(self, limit_s: float | None) -> None:
         """Take a slot, in order of arrival.
 
         Raises:
+            PoolTimeout: none came free within `limit_s`, or within a time-out that only interrupted the wait.
             Closed: the pool was closed while waiting.
         """
         turn: asyncio.Future[None] = self._loop.create_future()
-        self._queue.append(turn)
+        self._queue[turn] = None
         self.active += 1
+        task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
         try:
-            await turn
-        except asyncio.CancelledError:
+            async with asyncio.timeout(limit_s):
+                await turn
+        except (TimeoutError, asyncio.CancelledError) as stopped:
             if turn.done() and not turn.cancelled():
-                self.leave()  # the slot came together with the cancellation
+                self.leave()  # the slot came together with the end of the wait
             else:
+                self._queue.pop(turn, None)
                 self._left()
+            # `Until` (interrupt.py) cancels the future and not the task: a time-out of ours, and nothing was sent.
+            if isinstance(stopped, TimeoutError) or (task is not None and task.cancelling() == cancelling):
+                raise PoolTimeout("no connection of the pool came free in time; nothing was sent") from None
             raise
         if self.dead:
             self.leave()
@@ -108,7 +116,7 @@ class Fleet:
     def leave(self) -> None:
         """Give the slot back, to whoever waits longest."""
         while self._queue:
-            turn = self._queue.popleft()
+            turn, _ = self._queue.popitem(last=False)
             if not turn.done():
                 turn.set_result(None)
                 break

@@ -7,8 +7,34 @@ parent holds it, and no TLS farewell is written into the parent's session.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import Any
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+async def detached(connect: Coroutine[Any, Any, T], close: Callable[[T], object]) -> T:
+    """Run what makes a connection in a context of its own.
+
+    A transport's handles keep the context that they are made in as long as the connection lives, and with the
+    caller's its call, its prompt and whoever waits for it.
+
+    Args:
+        connect: makes the connection.
+        close: called with it where the caller was cancelled in the moment it was ready.
+    """
+    task = asyncio.get_running_loop().create_task(connect, context=Context())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and task.exception() is None:
+            close(task.result())
+        raise
 
 
 def abandon(transport: Any) -> None:

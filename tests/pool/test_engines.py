@@ -312,48 +312,6 @@ class PoolContract:
                     await gone.acquire()
             assert pool.gauges()["in_flight"] == 0
 
-    async def test_pool_01_cancelled_requests_leak_no_slot(self, make: Any) -> None:
-        hold = asyncio.Event()
-
-        async def held(request: RawRequest, writer: Writer) -> None:
-            if request.body == b"hold":
-                await hold.wait()
-            writer.write(answer_bytes())
-
-        async with RawServer(held) as server:
-            pool = make(max_connections=10)
-            for turn in range(6):
-                tasks = [asyncio.create_task(_whole(pool, post(server, body=b"hold"))) for _ in range(20)]
-                for _ in range(turn * 3):
-                    await asyncio.sleep(0)
-                if turn % 2:
-                    await asyncio.sleep(0.005)
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            assert pool.gauges()["in_flight"] == pool.gauges()["waiting"] == 0
-            async with asyncio.timeout(5):
-                found = await asyncio.gather(*(_whole(pool, post(server)) for _ in range(30)))
-            assert [response.status for response, _ in found] == [200] * 30
-
-    async def test_pool_02_more_calls_than_connections_wait_without_a_limit(self, make: Any) -> None:
-        together = 0
-        most = 0
-
-        async def slow(_: RawRequest, writer: Writer) -> None:
-            nonlocal together, most
-            together += 1
-            most = max(most, together)
-            await asyncio.sleep(0.005)
-            together -= 1
-            writer.write(answer_bytes())
-
-        async with RawServer(slow) as server:
-            pool = make(max_connections=20)
-            found = await asyncio.gather(*(_whole(pool, post(server)) for _ in range(60)))
-            assert [response.status for response, _ in found] == [200] * 60
-            assert most <= 20
-
     async def test_pool_08_proxies_of_the_environment_are_ignored_unless_asked_for(
         self, make: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

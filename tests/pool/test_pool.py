@@ -19,7 +19,7 @@ from llmmw.pool import BoundPool, ConnectionPool
 from llmmw.pool import engines as engines_module
 from llmmw.pool import fleet as fleet_module
 from llmmw.pool.engine import Lost, as_utf8
-from llmmw.testing import ManualClock, manual_time
+from llmmw.testing import manual_time
 from llmmw.testing.rawserver import RawServer, answer_bytes, hang_up, say
 from llmmw.wire import HTTPRequest
 
@@ -418,88 +418,11 @@ async def test_rehome_on_a_living_loop_closes_the_connections(engine):
         await pool.aclose()
 
 
-@pytest.mark.parametrize("engine", ["aiohttp", "httpx"])
-async def test_a_forked_child_leaves_the_parents_connections_alone(engine):
-    async with RawServer() as server:
-        pool = ConnectionPool(engine=engine).open(Env())
-        await ask(pool, post(server))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fork with threads (the resolver's); the child only drops
-            child = os.fork()
-        if child == 0:
-            try:
-                pool.rehome()
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert status == 0
-        assert await ask(pool, post(server)) == b"{}"
-        assert server.connections == 1
-        await pool.aclose()
-
-
-def test_pool_05_a_pool_collected_unclosed_warns_once():
-    with Served() as server:
-
-        async def use(kept):
-            pool = ConnectionPool().open(Env())
-            await ask(pool, post(server))
-            kept.append(pool)
-
-        async def lose():
-            kept = []
-            await use(kept)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                kept.clear()
-                gc.collect()
-                await asyncio.sleep(0.01)
-                gc.collect()
-            return caught
-
-        on_a_running_loop = asyncio.run(lose())
-        kept = []
-        asyncio.run(use(kept))
-        with warnings.catch_warnings(record=True) as on_a_closed_loop:
-            warnings.simplefilter("always")
-            kept.clear()
-            gc.collect()
-        for caught in (on_a_running_loop, on_a_closed_loop):
-            assert [(w.category, "was not closed" in str(w.message)) for w in caught] == [(ResourceWarning, True)]
-
-
 async def test_a_pool_closed_from_another_loop_drops_its_sockets(scripted):
     pool = ConnectionPool().open(Env())
     await ask(pool, REQUEST)
     await asyncio.to_thread(lambda: asyncio.run(pool.aclose()))
     assert scripted.made[0].dropped
-
-
-async def test_pool_07_a_changed_address_is_noticed_within_the_maximum_age(monkeypatch):
-    import socket
-
-    real = socket.getaddrinfo
-    asked = []
-
-    def resolve(host, *args, **kwargs):
-        if host == "moves.test":
-            asked.append(host)
-            return real("127.0.0.1", *args, **kwargs)
-        return real(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    async with RawServer() as server:
-        clock = ManualClock()
-        pool = ConnectionPool(max_connection_age=30).open(Env(clock=clock))
-        request = HTTPRequest("POST", server.origin.replace("127.0.0.1", "moves.test"))
-        for _ in range(2):
-            await ask(pool, request)
-        assert (len(asked), server.connections) == (1, 1)
-        clock.advance(31)
-        await ask(pool, request)
-        assert (len(asked), server.connections) == (2, 2)
-        await pool.aclose()
 
 
 async def test_a_stale_connection_takes_its_idle_neighbours_along():

@@ -7,11 +7,12 @@ import functools
 import io
 import os
 import socket
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import aiohttp
+import msgspec
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict
@@ -19,7 +20,8 @@ from yarl import URL
 
 from llmmw.errors import ConnectionFailed, ProtocolError, ResponseTooLarge
 from llmmw.pool.engine import MAX_HEADER_BYTES, Lost, as_utf8
-from llmmw.pool.sockets import abandon
+from llmmw.pool.engines.lookup import proxy_for, tls_context
+from llmmw.pool.sockets import abandon, detached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from llmmw.pool.guard import Guard
     from llmmw.wire import Headers, HTTPRequest
 
+_PIECE = 64 * 1024
 _BIG_BODY = 1024 * 1024
 """aiohttp warns about bytes above 1 MiB; a BytesIO is sent in pieces."""
 _REMEMBERED = 256
@@ -92,6 +95,22 @@ class _Connector(aiohttp.TCPConnector):
                 exchange.opened = opened
         return connection
 
+    async def _create_connection(
+        self,
+        req: Any,
+        traces: Any,
+        timeout: Any,  # noqa: ASYNC109 — its signature
+    ) -> ResponseHandler:
+        return await detached(super()._create_connection(req, traces, timeout), _close)
+
+    def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        # It arms the timer that closes idle connections, which arms itself again: for ever in this call's context.
+        Context().run(functools.partial(super()._release, key, protocol, should_close=should_close))
+
+
+def _close(protocol: ResponseHandler) -> None:
+    protocol.close()
+
 
 class AiohttpEngine:
     """One aiohttp session that adds nothing of its own to a request."""
@@ -101,7 +120,7 @@ class AiohttpEngine:
             limit=0,
             ttl_dns_cache=10,
             keepalive_timeout=options.keepalive_expiry,
-            ssl=options.verify,
+            ssl=tls_context(msgspec.structs.replace(options, http2=False)),
             resolver=_Resolver(options.guard),
         )
         self._session = aiohttp.ClientSession(
@@ -109,31 +128,32 @@ class AiohttpEngine:
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             auto_decompress=False,
-            trust_env=options.trust_env,
             timeout=aiohttp.ClientTimeout(total=None),
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
         )
-        self._urls: dict[str, URL] = {}
+        self._options = options
+        self._urls: dict[str, tuple[URL, URL | None]] = {}
         self._heads: dict[int, tuple[Headers, CIMultiDict[str]]] = {}
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
 
     async def send(self, request: HTTPRequest, exchange: Exchange) -> _Response:
         """Send one request."""
-        body = request.body
+        url, proxy = self._urls.get(request.url) or self._locate(request.url)
         token = _exchange.set(exchange)
         try:
             response: aiohttp.ClientResponse | Exception = await self._session.request(
                 request.method,
-                self._url(request.url),
+                url,
                 headers=self._header_map(request.headers),
-                data=_payload(body),
+                data=_payload(request.body, exchange),
                 allow_redirects=False,
                 timeout=_timeout(exchange.connect_s),
+                proxy=proxy,
             )
         except aiohttp.ClientError as error:
-            response = _mapped(error)
+            response = _mapped(error, exchange)
         finally:
             _exchange.reset(token)
         if isinstance(response, Exception):
@@ -141,14 +161,18 @@ class AiohttpEngine:
             raise response
         return _Response(response)
 
-    def _url(self, text: str) -> URL:
+    def _locate(self, text: str) -> tuple[URL, URL | None]:
         # Parsing costs as much as a tenth of the whole call, and an endpoint has a handful of URLs.
-        url = self._urls.get(text)
-        if url is None:
-            if len(self._urls) >= _REMEMBERED:
-                self._urls.clear()
-            url = self._urls[text] = URL(text, encoded=True)
-        return url
+        if len(self._urls) >= _REMEMBERED:
+            self._urls.clear()
+        url = URL(text, encoded=True)
+        # aiohttp's own `trust_env` would read netrc too: credentials that no cache key and no user knows of.
+        proxy = proxy_for(self._options, url.scheme, url.host or "")
+        way = None if proxy is None else URL(proxy.url)
+        if way is not None and proxy is not None and proxy.user:
+            way = way.with_user(proxy.user).with_password(proxy.password)
+        found = self._urls[text] = url, way
+        return found
 
     def _header_map(self, headers: Headers) -> CIMultiDict[str]:
         known = self._heads.get(id(headers))
@@ -180,8 +204,31 @@ class AiohttpEngine:
         await self._session.close()
 
 
-def _payload(body: bytes) -> aiohttp.Payload | None:
+class _Timed(aiohttp.BytesIOPayload):
+    """A body of which the server must go on taking."""
+
+    def __init__(self, body: bytes, exchange: Exchange) -> None:
+        super().__init__(io.BytesIO(body))
+        self._exchange = exchange
+
+    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+        del content_length  # ours is the length of the body
+        while piece := self._value.read(_PIECE):
+            try:
+                async with asyncio.timeout(self._exchange.write_s):
+                    await writer.write(piece)
+            except TimeoutError:
+                raise _Stalled from None
+
+
+class _Stalled(Exception):
+    """Travels through aiohttp's writer as the cause of its own error."""
+
+
+def _payload(body: bytes, exchange: Exchange) -> aiohttp.Payload | None:
     # Made here, because finding out what kind of payload bytes are costs aiohttp 3 µs.
+    if exchange.write_s is not None:
+        return _Timed(body, exchange)
     if len(body) > _BIG_BODY:
         return aiohttp.BytesIOPayload(io.BytesIO(body))
     return aiohttp.BytesPayload(body) if body else None
@@ -189,7 +236,8 @@ def _payload(body: bytes) -> aiohttp.Payload | None:
 
 @functools.lru_cache(maxsize=64)
 def _timeout(connect_s: float | None) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
+    # `connect` and not `sock_connect`, which leaves name resolution out.
+    return aiohttp.ClientTimeout(total=None, connect=connect_s)
 
 
 class _Response:
@@ -226,18 +274,24 @@ class _Response:
         self._response.close()
 
 
-def _mapped(error: aiohttp.ClientError) -> Exception:
+def _mapped(error: aiohttp.ClientError, exchange: Exchange) -> Exception:
     kind = type(error).__name__
+    if isinstance(error.__cause__, _Stalled):
+        return exchange.stalled()
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientConnectorCertificateError):
         return ConnectionFailed(f"no connection: {error}")
+    if exchange.opened is None:  # also a proxy that refuses
+        return ConnectionFailed(f"no connection ({kind})")
     if isinstance(error, aiohttp.ClientResponseError):
-        cause = error.__cause__
-        if isinstance(cause, LineTooLong) or (cause is not None and isinstance(cause.__cause__, LineTooLong)):
-            return ResponseTooLarge(f"a header of the response is larger than {MAX_HEADER_BYTES} bytes")
-        return ProtocolError("the response is not HTTP")
+        return _not_http(error)
     if isinstance(error, aiohttp.ServerDisconnectedError):
         # The message is the head of the response where one had come.
         return Lost("the server closed the connection", any_byte=not isinstance(error.message, str))
-    if isinstance(error, aiohttp.ClientOSError | aiohttp.ClientConnectionResetError | aiohttp.ClientPayloadError):
-        return Lost(f"the connection broke ({kind})")
-    return ConnectionFailed(f"no connection ({kind})")
+    return Lost(f"the connection broke ({kind})")
+
+
+def _not_http(error: aiohttp.ClientResponseError) -> Exception:
+    cause = error.__cause__
+    if isinstance(cause, LineTooLong) or (cause is not None and isinstance(cause.__cause__, LineTooLong)):
+        return ResponseTooLarge(f"a header of the response is larger than {MAX_HEADER_BYTES} bytes")
+    return ProtocolError("the response is not HTTP")

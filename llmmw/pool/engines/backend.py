@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from llmmw.errors import ConnectionFailed
 from llmmw.pool.engines.lookup import addresses_of
-from llmmw.pool.sockets import abandon
+from llmmw.pool.sockets import abandon, detached
 
 if TYPE_CHECKING:
     import ssl
@@ -28,6 +28,7 @@ class _Stream:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self._is_new = True
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 — httpcore's signature
         data: bytes = await self._inner.read(max_bytes, timeout)
@@ -39,7 +40,7 @@ class _Stream:
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 — likewise
         exchange = current_exchange.get()
         if exchange is not None and exchange.opened is None:
-            exchange.opened = False
+            exchange.opened, self._is_new = self._is_new, False
         await self._inner.write(buffer, timeout)
 
     async def aclose(self) -> None:
@@ -51,7 +52,11 @@ class _Stream:
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 — likewise
     ) -> _Stream:
-        self._inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        try:
+            self._inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:  # httpcore closes the socket of a handshake that failed, not of one that was cancelled
+            _abort(self._inner)
+            raise
         return self
 
     def get_extra_info(self, info: str) -> Any:
@@ -59,9 +64,19 @@ class _Stream:
 
     def drop(self) -> None:
         """Close the socket without the event loop."""
-        stream = getattr(self._inner, "_stream", None)
-        stream = getattr(stream, "transport_stream", stream)
-        abandon(getattr(stream, "_transport", None))
+        abandon(_transport_of(self._inner))
+
+
+def _transport_of(stream: Any) -> Any:
+    """The asyncio transport below httpcore's and anyio's wrappers."""
+    inner = getattr(stream, "_stream", None)
+    return getattr(getattr(inner, "transport_stream", inner), "_transport", None)
+
+
+def _abort(stream: Any) -> None:
+    transport = _transport_of(stream)
+    if transport is not None:
+        transport.abort()
 
 
 class Backend:
@@ -88,13 +103,10 @@ class Backend:
         """
         try:
             async with asyncio.timeout(timeout):
-                stream = _Stream(await self._connect(host, port, local_address, socket_options))
+                stream = _Stream(await detached(self._connect(host, port, local_address, socket_options), _abort))
         except TimeoutError:
             raise ConnectionFailed("no connection in time") from None
         self.streams.add(stream)
-        exchange = current_exchange.get()
-        if exchange is not None:
-            exchange.opened = True
         return stream
 
     async def _connect(

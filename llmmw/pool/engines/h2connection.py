@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from h2.events import Event
 
+    from llmmw.pool.engine import Exchange
+
 MAX_STREAMS = 100
 """Exchanges on one connection; a server may allow fewer."""
 _WINDOW = 256 * 1024
@@ -83,12 +85,13 @@ class Connection(asyncio.Protocol):
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def exchange(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Exchanged:
+    async def exchange(self, headers: Sequence[tuple[bytes, bytes]], body: bytes, told: Exchange) -> Exchanged:
         """Send a request and wait for the head of its response.
 
         Raises:
             Lost: the connection or the exchange broke.
             ConfigError: what is to be sent is not valid HTTP.
+            UpstreamTimeout: the server stopped taking the request.
         """
         if self._idle is not None:
             self._idle.cancel()
@@ -102,23 +105,30 @@ class Connection(asyncio.Protocol):
                 raise ConfigError(f"the request is not valid HTTP/2 ({type(error).__name__})") from None
             self._flush()
             if body:
-                await self._send(one, body)
+                await self._send(one, body, told)
             await one.head()
         except BaseException:
             one.abandon()
             raise
         return one
 
-    async def _send(self, one: Exchanged, body: bytes) -> None:
-        sent = 0
+    async def _send(self, one: Exchanged, body: bytes, told: Exchange) -> None:
+        sent, progress = 0, self._loop.time()
         while sent < len(body) and not one.is_decided:
             size = min(self._h2.local_flow_control_window(one.number), self._h2.max_outbound_frame_size)
             if size <= 0 or self._paused:
-                await asyncio.shield(self._room)
+                await self._wait_for_room(told, progress)
                 continue
             self._h2.send_data(one.number, body[sent : sent + size], end_stream=sent + size >= len(body))
-            sent += size
+            sent, progress = sent + size, self._loop.time()
             self._flush()
+
+    async def _wait_for_room(self, told: Exchange, since: float) -> None:
+        try:
+            async with asyncio.timeout_at(None if told.write_s is None else since + told.write_s):
+                await asyncio.shield(self._room)
+        except TimeoutError:
+            raise told.stalled() from None
 
     def acknowledge(self, one: Exchanged, size: int) -> None:
         """Some of the body was taken: the server may send as much again."""

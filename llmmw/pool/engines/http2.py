@@ -6,7 +6,6 @@ Plain http, servers without HTTP/2 and requests through a proxy are the inner en
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import ssl
 from contextvars import Context
@@ -17,7 +16,7 @@ import msgspec
 
 from llmmw.errors import ConfigError, ConnectionFailed
 from llmmw.pool.engines.h2connection import Connection
-from llmmw.pool.engines.lookup import addresses_of, proxy_for
+from llmmw.pool.engines.lookup import addresses_of, proxy_for, tls_context
 from llmmw.pool.sockets import abandon
 
 if TYPE_CHECKING:
@@ -62,13 +61,13 @@ class Http2Engine:
             return await self._inner.send(request, exchange)
         if exchange.opened is None:
             exchange.opened = False
-        return await connection.exchange(self._head(request, place), request.body)
+        return await connection.exchange(self._head(request, place), request.body, exchange)
 
     def _locate(self, url: str) -> _Place | None:
         parts = urlsplit(url)
         host = parts.hostname or ""
         place = None
-        if parts.scheme == "https" and not (self._options.trust_env and proxy_for("https", host)):
+        if parts.scheme == "https" and proxy_for(self._options, "https", host) is None:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             place = _Place(host, parts.port or 443, parts.netloc.encode("ascii"), path.encode("ascii"))
         if len(self._places) >= _REMEMBERED:
@@ -126,7 +125,8 @@ class Http2Engine:
 
     async def _open(self, host: str, port: int) -> Connection | None:
         addresses = await addresses_of(host, port, self._options.guard)
-        context = _offering(self._options.verify)
+        context = tls_context(self._options)
+        context.set_alpn_protocols(["h2", "http/1.1"])  # each time: httpcore sets its own on a context of the user's
 
         def make() -> Connection:
             return Connection(self._options.keepalive_expiry, lambda gone: self._forget((host, port), gone))
@@ -196,20 +196,3 @@ class Http2Engine:
             task.cancel()
         closing = [connection.aclose() for connection in self._all()]
         await asyncio.gather(self._inner.aclose(), *closing, *self._dialling.values(), return_exceptions=True)
-
-
-def _offering(verify: bool | ssl.SSLContext) -> ssl.SSLContext:  # noqa: FBT001 — a setting's value
-    """A TLS context that offers HTTP/2 first; a context of the user's is told to."""
-    context = _own_context(verify) if isinstance(verify, bool) else verify
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return context
-
-
-@functools.cache
-def _own_context(verify: bool) -> ssl.SSLContext:  # noqa: FBT001 — likewise
-    # Kept, because reading the trusted certificates costs 20 ms and more.
-    context = ssl.create_default_context()
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -7,18 +7,18 @@ at one. So every HTTP/1.1 connection has a httpcore pool of its own, and the one
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import os
-import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError, ResponseTooLarge
 from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
 from llmmw.pool.engines.backend import Backend, current_exchange
-from llmmw.pool.engines.lookup import proxy_for
+from llmmw.pool.engines.lookup import Proxy, proxy_for, tls_context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ _MAX_URLS = 256
 class _Shard:
     """One httpcore pool, for one request at a time."""
 
-    def __init__(self, pool: Any, proxy: str | None) -> None:
+    def __init__(self, pool: Any, proxy: Proxy | None) -> None:
         self.pool = pool
         self.proxy = proxy
         self.idle_since = 0.0
@@ -49,13 +49,12 @@ class HttpcoreEngine:
     def __init__(self, name: str, options: EngineOptions) -> None:
         self._core: Any = importlib.import_module("httpcore2" if name == "httpx2" else "httpcore")
         self._options = options
-        verify = options.verify
-        self._ssl = _ssl_context(self._core, verify) if isinstance(verify, bool) else verify
+        self._ssl = tls_context(msgspec.structs.replace(options, http2=False))
         self._backend = Backend(self._core.AnyIOBackend(), options.guard)
         self._shards: set[_Shard] = set()
-        self._free: dict[str | None, deque[_Shard]] = {}
+        self._free: dict[Proxy | None, deque[_Shard]] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self._urls: dict[str, tuple[Any, bytes, str | None]] = {}
+        self._urls: dict[str, tuple[Any, bytes, Proxy | None]] = {}
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
 
@@ -72,7 +71,7 @@ class HttpcoreEngine:
             url,
             headers=headers,
             content=request.body,
-            extensions={"timeout": {"connect": exchange.connect_s}},
+            extensions={"timeout": {"connect": exchange.connect_s, "write": exchange.write_s}},
         )
         shard = self._take(proxy)
         token = current_exchange.set(exchange)
@@ -88,15 +87,15 @@ class HttpcoreEngine:
             current_exchange.reset(token)
         return _Response(self, shard, response)
 
-    def _locate(self, text: str) -> tuple[Any, bytes, str | None]:
+    def _locate(self, text: str) -> tuple[Any, bytes, Proxy | None]:
         parts = urlsplit(text)
         if len(self._urls) >= _MAX_URLS:
             self._urls.clear()
-        proxy = proxy_for(parts.scheme, parts.hostname or "") if self._options.trust_env else None
+        proxy = proxy_for(self._options, parts.scheme, parts.hostname or "")
         found = self._urls[text] = (self._core.URL(text), parts.netloc.encode("ascii"), proxy)
         return found
 
-    def _take(self, proxy: str | None) -> _Shard:
+    def _take(self, proxy: Proxy | None) -> _Shard:
         free = self._free.setdefault(proxy, deque())
         expired = self._loop.time() - self._options.keepalive_expiry
         while free and free[0].idle_since < expired:
@@ -113,15 +112,18 @@ class HttpcoreEngine:
         else:
             self._free[shard.proxy].append(shard)
 
-    def _open(self, proxy: str | None) -> _Shard:
+    def _open(self, proxy: Proxy | None) -> _Shard:
         options = {
             "ssl_context": self._ssl,
             "max_connections": None,
             "keepalive_expiry": self._options.keepalive_expiry,
             "network_backend": self._backend,
         }
-        core = self._core
-        pool = core.AsyncConnectionPool(**options) if proxy is None else core.AsyncHTTPProxy(proxy, **options)
+        if proxy is None:
+            pool = self._core.AsyncConnectionPool(**options)
+        else:
+            who = (proxy.user, proxy.password) if proxy.user else None
+            pool = self._core.AsyncHTTPProxy(proxy.url, proxy_auth=who, **options)
         shard = _Shard(pool, proxy)
         self._shards.add(shard)
         return shard
@@ -137,17 +139,15 @@ class HttpcoreEngine:
         core = self._core
         if isinstance(error, core.ConnectError | core.ConnectTimeout | core.ProxyError | core.UnsupportedProtocol):
             return ConnectionFailed(f"no connection: {error}" if str(error) else "no connection in time")
+        if isinstance(error, core.WriteTimeout) and exchange is not None:
+            return exchange.stalled()
         any_byte = exchange is None or exchange.any_byte
         if isinstance(error, core.NetworkError | core.TimeoutException):
             return Lost(f"the connection broke ({type(error).__name__})", any_byte=any_byte)
         if isinstance(error, core.LocalProtocolError):
             return ConfigError("the request is not valid HTTP")
         if isinstance(error, core.RemoteProtocolError):
-            if "too long" in str(error):
-                return ResponseTooLarge(f"the response's head is larger than {MAX_HEADER_BYTES} bytes")
-            broke = exchange is None or "disconnected" in str(error)
-            why = str(error)[:200]
-            return Lost(why, any_byte=any_byte) if broke else ProtocolError(f"the response is not HTTP: {why}")
+            return _bad_answer(str(error)[:200], exchange is None, any_byte=any_byte)
         return error
 
     def held(self) -> int | None:
@@ -216,16 +216,6 @@ class _Response:
 _abandoned: set[asyncio.Task[None]] = set()
 
 
-@functools.cache
-def _ssl_context(core: Any, verify: bool) -> ssl.SSLContext:  # noqa: FBT001 — a setting's value
-    # Kept, because reading the trusted certificates costs 20 ms and more.
-    context: ssl.SSLContext = core.default_ssl_context()
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def _has_more(pool: Any) -> bool:
     """Whether the server sent more than its answer: httpcore would take that for the answer to the next request."""
     for connection in pool.connections:
@@ -235,3 +225,11 @@ def _has_more(pool: Any) -> bool:
         if inner is not None and getattr(inner, "_h11_state").trailing_data[0]:  # noqa: B009 — httpcore's own
             return True
     return False
+
+
+def _bad_answer(why: str, head_is_here: bool, *, any_byte: bool) -> Exception:  # noqa: FBT001 — read beside its call
+    if "too long" in why:
+        return ResponseTooLarge(f"the response's head is larger than {MAX_HEADER_BYTES} bytes")
+    if head_is_here or "disconnected" in why:
+        return Lost(why, any_byte=any_byte)
+    return ProtocolError(f"the response is not HTTP: {why}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import pyreqwest.exceptions as failures
@@ -21,7 +21,7 @@ from llmmw.pool.engine import Lost, as_utf8
 from llmmw.pool.engines.lookup import addresses_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from pyreqwest.request import StreamRequest
     from pyreqwest.response import Response
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from llmmw.pool.engine import EngineOptions, Exchange
     from llmmw.wire import HTTPRequest
 
+T = TypeVar("T")
+
+_CANCELLATIONS = 100
+"""The second is enough, as far as seen."""
 _first_pid: list[int] = []
 _JUDGED_FOR_S = 10.0
 
@@ -47,8 +51,13 @@ class PyreqwestEngine:
 
     async def send(self, request: HTTPRequest, exchange: Exchange) -> _Response:
         """Send one request."""
-        await self._judge(request.url)
+        try:
+            async with asyncio.timeout(exchange.connect_s):
+                await self._judge(request.url)
+        except TimeoutError:
+            raise ConnectionFailed("no connection in time") from None
         client = self._clients.get(exchange.connect_s) or self._build(exchange.connect_s)
+        exchange.handed_over = True
         try:
             headers = [(name, as_utf8(value)) for name, value in request.headers]
             builder = client.request(request.method, request.url).headers(headers)
@@ -56,7 +65,7 @@ class PyreqwestEngine:
                 builder = builder.body_bytes(request.body)
             # Otherwise the head waits until that much of the body has come, and a token with it.
             sending = builder.streamed_read_buffer_limit(0).build_streamed()
-            return _Response(sending, await sending.__aenter__())
+            return _Response(sending, await _cancellable(sending.__aenter__()))
         except failures.PyreqwestError as error:
             failed = _mapped(error)
         # Raised out here without a cause: pyreqwest's errors show the whole URL, in which a key may be.
@@ -122,7 +131,7 @@ class _Response:
 
     async def next(self) -> bytes:
         try:
-            piece = await self._reader.read_chunk()
+            piece = await _cancellable(self._reader.read_chunk())
         except failures.PyreqwestError as error:
             broken = Lost(f"the body broke off ({type(error).__name__})", any_byte=True)
         else:
@@ -140,6 +149,22 @@ class _Response:
 
     def abandon(self) -> None:
         self._sending = None
+
+
+async def _cancellable(work: Awaitable[T]) -> T:
+    """Await pyreqwest's own coroutine, which loses a cancellation that comes while Rust is waking it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        for _ in range(_CANCELLATIONS):
+            if task.done():
+                break
+            task.cancel()
+            await asyncio.wait([task], timeout=0)
+        if task.done() and not task.cancelled():
+            task.exception()  # nobody else will ask for it
+        raise
 
 
 def _mapped(error: failures.PyreqwestError) -> Exception:
