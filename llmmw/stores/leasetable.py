@@ -185,7 +185,8 @@ class Table:
         except BaseException:
             connection.close()
             raise
-        self._owner = f"{os.getpid()}-{os.urandom(8).hex()}"
+        if not self._owner.startswith(f"{os.getpid()}-"):  # a fork's child is another one
+            self._owner = f"{os.getpid()}-{os.urandom(8).hex()}"
         self._connection = connection
         return connection
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
 
@@ -347,3 +348,22 @@ async def test_a_lease_is_shorter_than_the_life_of_what_it_is_for(place):
     one.go.set()
     assert (await task)[0] == "upstream"
     await closed(one)
+
+
+async def test_a_fork_leaves_the_parents_leases_as_they_are(place):
+    one = Process(place)
+    task = one.ask()
+    await one.asked.wait()
+    held = leases(place)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert leases(place) == held
+    again = one.ask(stream=True)  # another flight of the same entry: the lease is our own, and it takes it over
+    await seen(lambda: leases(place) not in (held, []))
+    one.go.set()
+    assert {(await task)[0], (await again)[0]} == {"upstream"}
+    await closed(one)
+    assert leases(place) == []
+    assert one.troubles() in ([], ["write under a lost lease"])
