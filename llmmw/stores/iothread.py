@@ -1,4 +1,4 @@
-"""One daemon thread for one disk: reads at once, writes when no read waits, busy writes again later.
+"""One daemon thread for one disk: reads before writes, but no write waits for ever; busy writes again later.
 
 Around a fork every such thread closes its database and stands still. SQLite keeps locks in memory, so a child that
 inherits an open connection can never write, or reads what is being overwritten; one forked in the middle of a
@@ -14,6 +14,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from llmmw.env import SYSTEM_CLOCK
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,6 +30,8 @@ FLUSH_S = 2.0
 
 _BATCH = 64
 """Reads after which their results are handed over although more wait."""
+_PATIENCE = 32
+"""Reads that go before a waiting write; then it is its turn, or steady reading would keep all writes waiting."""
 _FORK_S = 0.5
 """How long a fork waits for a thread to stand still; a child of less patience must do without the disk."""
 
@@ -39,6 +43,8 @@ class Sleeper(Protocol):
         """There are some."""
         ...
 
+
+_now = SYSTEM_CLOCK.monotonic
 
 _Job = tuple["Read | None", "Write | None", Sleeper | None]
 
@@ -160,20 +166,26 @@ class _Worker:
         self._at_end = at_end
         self._writes: deque[Write] = deque()
         self._pause_s = 0.0
-        self._flush_left_s = float("inf")
+        self._again_at = 0.0
+        """When the first write, which found the database busy, is tried again."""
+        self._give_up_at: float | None = None
+        """Once told to stop: until then what finds the database busy is tried again."""
+        self._passed = 0
+        """Reads that were let past waiting writes."""
         self._sleeper: Sleeper | None = None
         self._unheard = 0
         """Results that the sleeper was not told of yet."""
 
     def main(self) -> None:
         """Work until told to stop and nothing is left, or what is left finds the database busy for too long."""
-        while self._writes or self._flush_left_s > FLUSH_S:
+        while self._writes or self._give_up_at is None:
             if self._unheard and (self._unheard >= _BATCH or self._jobs.empty()):
                 self._tell()
             if self._serve():
                 continue
+            self._passed = 0
             self._write()
-            if self._flush_left_s <= 0:
+            if self._pause_s and self._give_up_at is not None and _now() >= self._give_up_at:
                 break
         self._tell()
         for act in self._at_end:
@@ -190,18 +202,18 @@ class _Worker:
         """The next job; None when a write should be tried instead."""
         if not self._writes:
             return self._jobs.get()
+        left_s = self._again_at - _now() if self._pause_s else 0.0
         try:
-            if not self._pause_s:
-                return self._jobs.get_nowait()
-            if self._flush_left_s <= FLUSH_S:
-                self._flush_left_s -= self._pause_s
-            return self._jobs.get(timeout=self._pause_s)
+            if left_s > 0:
+                return self._jobs.get(timeout=left_s)
+            return None if self._passed >= _PATIENCE else self._jobs.get_nowait()
         except queue.Empty:
             return None
 
     def _take(self, read: Read | None, write: Write | None, sleeper: Sleeper | None) -> None:
         if read is not None:
             read()
+            self._passed += 1
             if sleeper is not self._sleeper:
                 self._tell()
                 self._sleeper = sleeper
@@ -209,7 +221,7 @@ class _Worker:
         elif write is not None:
             self._writes.append(write)
         else:
-            self._flush_left_s = FLUSH_S
+            self._give_up_at = _now() + FLUSH_S
 
     def _tell(self) -> None:
         sleeper, self._sleeper, self._unheard = self._sleeper, None, 0
@@ -222,3 +234,4 @@ class _Worker:
             self._pause_s = 0.0
         else:
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            self._again_at = _now() + self._pause_s

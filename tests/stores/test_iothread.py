@@ -88,3 +88,34 @@ def test_a_thread_that_has_ended_holds_nothing_up():
     ended.stop()
     ended.join()
     assert ended.hold() is None
+
+
+@pytest.mark.parametrize("busy", [0, 3])
+def test_a_write_gets_its_turn_though_reads_never_stop(thread, busy):
+    written, answers = threading.Event(), iter([False] * busy + [True])
+
+    def read():
+        if not written.is_set():
+            thread.read(read)
+
+    def write():
+        if next(answers):
+            written.set()
+        return written.is_set()
+
+    thread.read(read)
+    thread.write(write)
+    assert written.wait(10)
+
+
+def test_a_stopping_thread_does_what_is_queued_and_gives_up_what_stays_busy(thread, monkeypatch):
+    monkeypatch.setattr(iothread, "FLUSH_S", 0.05)
+    did = []
+    for number in range(100):
+        thread.write(lambda number=number: did.append(number) or True)
+    thread.write(lambda: did.append("busy"))
+    thread.write(lambda: did.append("behind it") or True)
+    thread.stop()
+    thread.join()
+    assert did[:100] == list(range(100))
+    assert set(did[100:]) == {"busy"}
