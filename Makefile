@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases check bench bench-pool bench-eviction vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases check bench bench-pool bench-storms bench-eviction vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ check: $(READY)  ## lint, types, import direction
 
 bench: $(READY)  ## what llmmw costs, beside the floors, in one run
 	$(BIN)/python benchmarks/overhead.py
+
+bench-storms: $(READY)  ## crowds at a server that refuses: requests and time, beside the bare SDK (about 3 min)
+	$(BIN)/python benchmarks/storms.py --repeats 3
 
 bench-pool: $(READY)  ## the measurement that chose the pool's engine
 	$(BIN)/python benchmarks/pool_engines.py

@@ -22,6 +22,18 @@ T = TypeVar("T")
 _SLACK_S = 0.001
 """A loop may fire a timer this much early (uvloop rounds to milliseconds); that is due, not a reason to wait again."""
 
+_UNSENT = "llmmw_unsent"
+
+
+def mark_unsent(cancelled: asyncio.CancelledError) -> None:
+    """Note on a cancellation that the request it ends had not begun to be sent."""
+    setattr(cancelled, _UNSENT, True)
+
+
+def is_unsent(error: object) -> bool:
+    """Whether this is a cancellation that came before anything was sent."""
+    return isinstance(error, asyncio.CancelledError) and getattr(error, _UNSENT, False) is True
+
 
 class Alarms:
     """One timer for many waits of the same length, which come due in the order in which they began.

@@ -99,3 +99,18 @@ def test_a_row_is_judged_by_its_median_and_shown_with_its_ratio(monkeypatch):
     assert shown["absent"]["median"] is None
     assert "OVER" in table(rows)
     assert "not installed" in table(rows)
+
+
+def test_storms_are_counted_where_they_arrive(tmp_path):
+    target = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / "storms.py"), "--json", str(target), "--calls", "20"]
+    command += ["--only", "stampede", "large-told"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode in {0, 1}, done.stderr
+    found = {(row["storm"], row["client"]): row for row in json.loads(target.read_text())["results"]}
+    assert found.keys() == {("stampede", "llmmw"), ("stampede", "openai SDK"), ("large-told", "llmmw")}
+    assert [row["failed"] for row in found.values()] == [0, 0, 0]
+    assert found["stampede", "llmmw"]["upstream"] == 1
+    assert found["stampede", "openai SDK"]["upstream"] == 20
+    assert found["large-told", "llmmw"]["upstream"] >= 20
+    assert "budgets broken" in done.stdout

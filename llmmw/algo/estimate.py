@@ -48,9 +48,9 @@ def output_cap(payload: Mapping[str, Any]) -> int | None:
 
 
 def choices(payload: Mapping[str, Any]) -> int:
-    """How many answers the call asks for: conversations or prompts, times `n`."""
-    n = payload.get("n")
-    each = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
+    """How many answers the call makes the server write: conversations or prompts, times `n` (or `best_of`)."""
+    asked = (payload.get("n"), payload.get("best_of"))
+    each = max([1, *(n for n in asked if isinstance(n, int) and not isinstance(n, bool))])
     listed = items(payload.get("messages"))
     if listed:
         return each * len(listed) if isinstance(listed[0], list) else each

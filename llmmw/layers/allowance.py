@@ -249,8 +249,9 @@ class Allowance:
         may_raise = now - self._raised >= _RAISE_EVERY_S
         for name, ledger in self.ledgers():
             for reading in readings:
-                if reading.measure == _MEASURES[name] and reading.limit:
-                    self._relimit(name, ledger, min(reading.limit, configured[name]), may_raise=may_raise)
+                if reading.measure == _MEASURES[name]:
+                    if reading.limit:
+                        self._relimit(name, ledger, min(reading.limit, configured[name]), may_raise=may_raise)
                     if reading.remaining is not None:
                         ledger.observe(reading.remaining, started, now, reading.reset_s)
 

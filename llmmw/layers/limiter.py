@@ -22,6 +22,7 @@ from llmmw.call import Reply
 from llmmw.errors import ConfigError, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.fault import FaultKind
+from llmmw.interrupt import is_unsent
 from llmmw.layers.base import Bound
 from llmmw.layers.gate import Gate, Waiting, late
 from llmmw.stream import at_end
@@ -258,7 +259,7 @@ class BoundLimiter(Bound):
     def _judge(self, gate: Gate, permit: Permit, call: Call, outcome: Reply | BaseException, usage: Usage) -> None:
         """Give back what this failure entitles to (SPEC 4, Refund).
 
-        A call that was cancelled after it went inside counts as sent: the layers inside can no longer be asked.
+        A call that was cancelled after it went inside counts as sent, unless the pool has noted that it was not.
         """
         fault = faults.classify(outcome, wall=self.env.clock.wall())
         kind = None if fault is None else fault.kind
@@ -266,7 +267,7 @@ class BoundLimiter(Bound):
             pause = gate.refused(call, permit, fault.retry_after_s)
             if pause:
                 self.env.emit(LimiterPaused(call.target, pause))
-        elif kind in _NOT_SENT and not (isinstance(outcome, DeadlineExceeded) and outcome.sent):
+        elif is_unsent(outcome) or (kind in _NOT_SENT and not (isinstance(outcome, DeadlineExceeded) and outcome.sent)):
             gate.give_back(permit)
         else:
             if isinstance(outcome, UpstreamTimeout) or (fault is not None and fault.status in _BUSY):

@@ -9,6 +9,7 @@ from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
 from llmmw.errors import Closed, ConfigError, ConnectionFailed, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
+from llmmw.interrupt import mark_unsent
 from llmmw.layers.limit import RateLimiter
 from llmmw.layers.timeout import Timeout
 from llmmw.order import Role
@@ -215,6 +216,23 @@ async def test_limit_05_cancelled_after_sending_is_kept(clock):
     assert level(bound, "total_in_window") == reserved
     assert level(bound, "requests_in_window") == 1
     assert level(bound, "in_use") == 0
+
+
+@manual_time
+async def test_limit_05_cancelled_before_a_byte_was_sent_is_refunded(clock):
+    async def connecting(call):
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError as error:
+            mark_unsent(error)
+            raise
+
+    bound = limiter(clock, Timeout(60).bind(connecting, Env(clock=clock)), rpm=60, tpm=10_000, concurrency=1)
+    call = asyncio.ensure_future(bound(chat_call(max_tokens=100)))
+    await asyncio.sleep(1)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert (level(bound, "total_in_window"), level(bound, "requests_in_window"), level(bound, "in_use")) == (0, 0, 0)
 
 
 @manual_time
@@ -573,6 +591,55 @@ async def test_headers_lower_the_limit_at_once_and_raise_it_slowly(clock):
     assert len(upstream.calls) - asked < 60
     await asyncio.gather(*tasks)
     assert clock.monotonic() - began < 600
+
+
+@manual_time
+async def test_what_is_left_counts_also_where_the_limit_is_not_told(clock):
+    headers = (("x-ratelimit-remaining-requests", "2"), ("x-ratelimit-remaining-tokens", "-1"))
+    upstream = FakeUpstream([lambda call: answered(10, 0, headers=headers)])
+    bound = limiter(clock, upstream, rpm=600, tpm=1_000_000)
+    await bound(chat_call())
+    began = clock.monotonic()
+    calls = [asyncio.ensure_future(bound(chat_call())) for _ in range(5)]
+    await asyncio.sleep(50)
+    assert len(upstream.calls) == 3
+    await asyncio.gather(*calls)
+    assert clock.monotonic() - began == pytest.approx(60, abs=0.1)
+    assert level(bound, "headers_ignored") == 1
+
+
+@manual_time
+async def test_limit_03_output_that_is_drafted_several_times_is_reserved_as_often(clock):
+    bound = limiter(clock, FakeUpstream(latency_s=1.0), tpm=100_000, reserve="max")
+    pending = asyncio.ensure_future(bound(chat_call(max_tokens=1000, n=2, best_of=5)))
+    await asyncio.sleep(0)
+    assert 5000 < level(bound, "total_in_window") < 5100
+    await pending
+
+
+@manual_time
+async def test_limit_10_agents_of_one_tenant_take_turns_too(clock):
+    upstream = Recorder(clock, latency_s=1.0)
+    bound = limiter(clock, upstream, concurrency=1, weights={"vip": 3})
+
+    def queue(prompt, count, **who):
+        calls = [bound(chat_call(prompt, context=Context(**who))) for _ in range(count)]
+        return [asyncio.ensure_future(call) for call in calls]
+
+    tasks = queue("greedy", 200, tenant="T", agent="greedy")
+    await asyncio.sleep(3.5)
+    before = len(upstream.prompts)
+    tasks += queue("modest", 1, tenant="T", agent="modest") + queue("other", 40, tenant="U", agent="x")
+    tasks += queue("vip", 40, agent="vip")
+    await asyncio.sleep(40)
+    order = upstream.prompts[before:]
+    assert order.index("modest") <= 6  # one of two agents of one of three tenants, one of which counts three times
+    assert 20 <= order.count("vip") <= 26
+    assert abs(order.count("other") - order.count("greedy")) <= 3
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert level(bound, "waiting") == 0
 
 
 @manual_time
