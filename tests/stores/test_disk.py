@@ -678,3 +678,94 @@ async def test_processes_that_start_together_all_open_the_database(place):
         rig.store.put(bytes([index]), entry(), 60)
     await asyncio.gather(*(rig.store.aclose() for rig in rigs))
     assert [(await found_in(place, bytes([index])))[0] is not None for index in range(8)] == [True] * 8
+
+
+# ── what the user brings ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Broken:
+    """A codec that cannot seal."""
+
+    name = "broken"
+
+    def seal(self, _):
+        raise ValueError("sk-secret")
+
+    def open(self, data):
+        return data
+
+
+async def test_a_codec_that_fails_costs_the_writes_and_one_warning_without_its_text(place):
+    rig = Rig(place, codec=Broken())
+    for number in range(3):
+        rig.store.put(bytes([number]), entry(), 60)
+    await rig.store.aclose()
+    assert rig.troubles() == ["codec", "write dropped"] * 3
+    assert rig.warnings() == ["cache: codec"]
+    assert "sk-secret" not in repr(rig.told)
+    assert rig.store.gauges() == {"disk": "ok", "waiting writes": 0}
+
+
+async def test_a_thread_that_cannot_be_started_costs_misses(place, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    rig = Rig(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert await rig.store.get(KEY) is None
+        rig.store.put(KEY, entry(), 60)
+        rig.store.delete(KEY)
+        rig.store.discard(Match("tag", "t"))
+        rig.store.soon(list)
+        rig.store.later(list)
+    assert rig.warnings() == ["cache: stuck"]
+    assert rig.store.gauges()["waiting writes"] == 0
+    rig.store.put(KEY, entry(), 60)
+    await rig.store.aclose()
+    assert (await found_in(place))[0] is not None
+
+
+async def test_a_broken_row_that_is_being_replaced_is_left_to_the_write(place):
+    await stored(place)
+    change(place, "UPDATE Cache SET value = x'00'")
+    rig = Rig(place)
+    free = threading.Event()
+    rig.store._io().read(free.wait)
+    reading = asyncio.create_task(rig.store.get(KEY))
+    await asyncio.sleep(0)
+    rig.store.put(KEY, entry(b"new"), 60)
+    free.set()
+    await reading
+    await rig.store.aclose()
+    assert (await found_in(place))[0].data == b"new"
+
+
+async def test_a_read_that_finds_the_database_locked_is_a_miss_and_closes_nothing(place, monkeypatch):
+    def locked(*_):
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY_RECOVERY
+        raise error
+
+    await stored(place)
+    rig = Rig(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "get", locked)
+        assert await rig.store.get(KEY) is None
+    assert rig.store.gauges()["disk"] == "ok"
+    assert await rig.store.get(KEY) is not None
+    assert rig.troubles() == ["busy"]
+    await rig.store.aclose()
+
+
+async def test_a_database_far_above_its_size_says_so(place):
+    rig = Rig(place)
+    for number in range(400):
+        rig.store.put(number.to_bytes(4), entry(os.urandom(10_000)), 60)
+    await rig.store.aclose()
+    rig = Rig(place, max_bytes=2**20)
+    for number in range(3):
+        rig.store.put(b"k%d" % number, entry(), 60)
+    await rig.store.aclose()
+    assert rig.warnings() == ["cache: too full"]
+    assert set(rig.troubles()) == {"too full"}

@@ -6,7 +6,15 @@ import os
 
 import pytest
 
-from llmmw.stores.place import Refused, network_file_system, prepare, quarantine
+from llmmw.stores.place import (
+    Refused,
+    claimed,
+    identity,
+    network_file_system,
+    prepare,
+    quarantine,
+    quarantined,
+)
 
 
 @pytest.fixture
@@ -116,3 +124,61 @@ def test_quarantine_puts_the_database_and_its_log_aside(spot):
     (spot / "cache.db-wal").write_bytes(b"x")
     quarantine(spot, 17.9)
     assert {path.name for path in spot.iterdir()} == {"cache.db.corrupt-17", "cache.db-wal.corrupt-17"}
+
+
+def test_the_last_broken_databases_are_kept_and_no_more(spot):
+    for number in range(6):
+        prepare(spot)
+        (spot / "cache.db").write_bytes(b"%d" % number)
+        assert quarantine(spot, 100.0)  # the clock stands, and the names still differ
+    assert [(path.name, number) for path, number in quarantined(spot).items()] == [
+        ("cache.db.corrupt-103", 103), ("cache.db.corrupt-104", 104), ("cache.db.corrupt-105", 105),
+    ]  # fmt: skip
+    assert (spot / "cache.db.corrupt-105").read_bytes() == b"5"
+
+
+def test_what_another_process_put_aside_already_is_not_put_aside_again(spot):
+    prepare(spot)
+    broken = identity(spot)
+    (spot / "new").write_bytes(b"")
+    (spot / "new").rename(spot / "cache.db")
+    assert not quarantine(spot, 17.0, only=broken)
+    assert quarantine(spot, 17.0, only=identity(spot))
+
+
+def test_a_database_is_not_put_aside_while_another_is_opened(spot, monkeypatch):
+    monkeypatch.setattr("llmmw.stores.place._CLAIM_TRIES", 2)
+    prepare(spot)
+    with claimed(spot), claimed(spot), pytest.raises(BlockingIOError):
+        quarantine(spot, 17.0)
+    with claimed(spot, alone=True), pytest.raises(BlockingIOError), claimed(spot):
+        pass
+    assert quarantine(spot, 17.0)
+
+
+def test_a_directory_that_became_a_link_is_not_claimed(spot):
+    prepare(spot)
+    spot.rename(spot.parent / "moved")
+    spot.symlink_to(spot.parent / "moved")
+    with pytest.raises(OSError), claimed(spot):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_network"),
+    [("ext4", False), ("tmpfs", False), ("fuseblk", False), ("fuse.gocryptfs", False), ("fuse.rclone", True),
+     ("fuse.sshfs", True), ("virtiofs", True), ("cifs", True)],
+)  # fmt: skip
+def test_file_systems_in_user_space_count_as_network_unless_known(tmp_path, kind, is_network):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 0:20 / / rw - {kind} x rw\n")
+    assert network_file_system(tmp_path, mounts) == (kind if is_network else "")
+
+
+def test_mount_points_with_odd_characters_are_understood(tmp_path):
+    odd = tmp_path / "a b\tc\\d"
+    odd.mkdir()
+    mounts = tmp_path / "mountinfo"
+    escaped = str(odd).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
+    mounts.write_text(f"22 1 0:20 / / rw - ext4 x rw\n23 22 0:21 / {escaped} rw - nfs server:/x rw\n")
+    assert network_file_system(odd / "cache", mounts) == "nfs"
