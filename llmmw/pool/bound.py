@@ -18,6 +18,7 @@ from llmmw.errors import (
     UpstreamTimeout,
 )
 from llmmw.events import ConnectionOpened, ConnectionReused
+from llmmw.interrupt import mark_unsent
 from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
 from llmmw.pool.engine import EngineOptions, Exchange, Lost
 from llmmw.pool.fleet import Fleet
@@ -103,7 +104,11 @@ class BoundPool:
         request = self._clean(request)
         fleet = self._here()
         if not fleet.try_enter():
-            await fleet.enter(self._limits.pool_s)
+            try:
+                await fleet.enter(self._limits.pool_s)
+            except asyncio.CancelledError as error:
+                mark_unsent(error)
+                raise
         patience = Patience(self._limits) if self._waits else None
         try:
             limit = self._limits.connect_s if connect_s is None else connect_s
@@ -172,6 +177,8 @@ class BoundPool:
                 return generation, await (sending if way.patience is None else way.patience.head(sending)), exchange
             except BaseException as error:
                 fleet.stop(generation)
+                if isinstance(error, asyncio.CancelledError) and not exchange.is_sent:
+                    mark_unsent(error)
                 if isinstance(error, UpstreamTimeout):
                     error.sent = error.sent and exchange.is_sent
                 if not isinstance(error, Lost):

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llmmw import RateLimiter, Retry, Stack
+from llmmw import ConnectionPool, RateLimiter, Retry, Stack
 from llmmw.call import Context
+from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.env import Env
 from llmmw.errors import ConfigError, RateLimited
 from llmmw.testing.clock import manual_time
@@ -102,3 +103,47 @@ async def test_limit_09_what_cannot_change_says_so(clock):
         with pytest.raises(ConfigError, match="not added"):
             engine.reconfigure("limit", tpm=3)
         assert (await engine.call(chat_call())).ok
+
+
+async def test_limit_05_a_call_cancelled_before_its_request_left_is_refunded_by_the_pool():
+    asked = asyncio.Event()
+
+    async def silent(reader, writer):
+        await reader.readline()
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        pool = ConnectionPool(max_connections=1)
+        endpoint = HTTPEndpoint(f"http://127.0.0.1:{port}/v1", pool=pool)
+        stack = Stack(RateLimiter(rpm=60, tpm=100_000))
+        async with stack.bind(endpoint) as engine:
+
+            def spent():
+                gauges = engine.get_performance_stats()["layers"]["limit"]
+                return gauges.get("requests_in_window", 0), gauges.get("total_in_window", 0) > 0, gauges["in_use"]
+
+            sent = asyncio.ensure_future(engine.call(chat_call()))
+            await asyncio.wait_for(asked.wait(), 30)
+            queued = asyncio.ensure_future(engine.call(chat_call()))
+            while spent()[0] < 2:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            queued.cancel()
+            await asyncio.wait([queued])
+            assert spent() == (1, True, 1)
+            sent.cancel()
+            await asyncio.wait([sent])
+            assert spent() == (1, True, 0)
+        # A TLS handshake that is never answered: no connection, so nothing of the request has left.
+        endpoint = HTTPEndpoint(f"https://127.0.0.1:{port}/v1", pool=ConnectionPool())
+        async with stack.bind(endpoint) as engine:
+            connecting = asyncio.ensure_future(engine.call(chat_call()))
+            while not spent()[2]:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            assert spent() == (0, False, 0)
