@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmmw.stores.base import Backing, Codec
     from llmmw.stores.memory import Resident
 
+_MAX_CODEC_NAME_BYTES = 255
 MODES = ("on", "off", "read", "write")
 
 
@@ -131,8 +132,14 @@ class TTLCache(Positioned):
 def _check_places(directory: object, codec: object) -> None:
     if directory is not None and not isinstance(directory, os.PathLike):
         text("TTLCache(directory=)", directory)
-    if codec is not None and not all(hasattr(codec, name) for name in ("name", "seal", "open")):
+    if codec is None:
+        return
+    if not all(hasattr(codec, name) for name in ("name", "seal", "open")):
         raise ConfigError(f"TTLCache(codec={codec!r}): must have a name and the methods seal and open")
+    name = getattr(codec, "name", None)
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= _MAX_CODEC_NAME_BYTES:
+        # Not its repr, which may hold the key.
+        raise ConfigError(f"TTLCache(codec=<{type(codec).__name__}>): its name {name!r} must be 1 to 255 bytes of text")
 
 
 class BoundCache(Bound):

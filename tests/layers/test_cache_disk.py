@@ -7,6 +7,7 @@ import pytest
 from llmmw import events as ev
 from llmmw.call import Context
 from llmmw.env import Env
+from llmmw.errors import ConfigError
 from llmmw.layers.cache import TTLCache
 from llmmw.stores import disk as disk_module
 from llmmw.testing.fake import FakeUpstream, chat_call, chat_chunks
@@ -89,3 +90,30 @@ async def test_an_unusable_directory_costs_a_warning_and_no_call(place):
     assert [(await cache(chat_call())).source for _ in range(2)] == ["upstream", "cache"]
     await cache.aclose()
     assert [event.kind for event in told if isinstance(event, ev.Warned)] == ["cache: refused"]
+
+
+class Plain:
+    """A codec that hides nothing, under any name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def seal(self, data):
+        return data
+
+    def open(self, data):
+        return data
+
+
+@pytest.mark.parametrize("name", ["", None, 7, b"aes", "n" * 256, "ü" * 128])
+def test_a_codec_needs_a_name_that_can_be_told_from_none(name):
+    with pytest.raises(ConfigError, match="1 to 255 bytes"):
+        TTLCache(300, codec=Plain(name))
+
+
+async def test_answers_are_read_only_under_the_codec_that_wrote_them_and_stay(place):
+    one, other = Plain("one"), Plain("other")
+    assert (await run(chat_call(), directory=place, codec=one))[0] == ["upstream"]
+    assert (await run(chat_call(), directory=place, codec=other, mode="read"))[0] == ["upstream"]
+    assert (await run(chat_call(), directory=place, mode="read"))[0] == ["upstream"]
+    assert (await run(chat_call(), directory=place, codec=one))[0] == ["cache"]
