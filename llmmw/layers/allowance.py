@@ -13,6 +13,7 @@ import msgspec
 from llmmw.algo.aimd import Aimd
 from llmmw.algo.bucket import Cell, Ledger, burst_of
 from llmmw.algo.estimate import LearnedOutput
+from llmmw.algo.gradient import Gradient2
 from llmmw.algo.pace import Pace
 from llmmw.layers.units import Units
 
@@ -47,12 +48,13 @@ class Limits(msgspec.Struct, frozen=True):
     age_bound: float
     weights: Mapping[str, float]
     cached_free: bool
+    gradient: bool
 
 
 class Permit:
     """The right to make one call; given back exactly once."""
 
-    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "started")
+    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "sampled", "started")
 
     def __init__(self, amounts: tuple[int, ...], started: float, epoch: int) -> None:
         self.amounts = amounts
@@ -64,6 +66,8 @@ class Permit:
         self.cells: list[Cell] | tuple[()] = ()
         self.choices = 1
         self.lease: Lease | None = None
+        self.sampled = False
+        """Whether the time to its first token was judged."""
 
 
 class Allowance:
@@ -73,7 +77,7 @@ class Allowance:
         self.limits = limits
         self.requests = Ledger(limits.rpm, limits.window) if limits.rpm is not None else None
         self.tokens = tuple((name, Ledger(units, limits.window)) for name, units in limits.tokens)
-        self.aimd = Aimd(*limits.slots) if limits.slots is not None else None
+        self.aimd = None if limits.slots is None else (Gradient2 if limits.gradient else Aimd)(*limits.slots)
         self.pace = Pace(ramp_s=limits.ramp_s)
         self.learned = LearnedOutput()
         self.in_use = 0
@@ -177,7 +181,7 @@ class Allowance:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well:
             self.pace.answered(self.in_use)
-            if self.aimd is not None:
+            if self.aimd is not None and not permit.sampled:
                 self.aimd.succeeded(saturated=self.in_use >= self.aimd.limit)
         self._release(permit)
         return True
@@ -206,6 +210,12 @@ class Allowance:
         self.overloaded(permit)
         self._release(permit)
         return True
+
+    def first_token(self, permit: Permit) -> None:
+        """A stream has its first token."""
+        if isinstance(self.aimd, Gradient2) and permit.epoch == self._epoch:
+            permit.sampled = True
+            self.aimd.first_token(self._clock() - permit.started, self.in_use)
 
     def overloaded(self, permit: Permit) -> None:
         """The server was too busy for this call: fewer at once from now on."""

@@ -18,7 +18,7 @@ from llmmw.layers.base import Positioned
 from llmmw.layers.limiter import BoundLimiter
 from llmmw.layers.shared import SharedCounter
 from llmmw.order import Role
-from llmmw.settings import choice, instance, number, positive_seconds, settings, text, whole
+from llmmw.settings import choice, instance, number, positive_seconds, settings, switch, text, whole
 
 if TYPE_CHECKING:
     from llmmw.call import Handler
@@ -46,7 +46,8 @@ class RateLimiter(Positioned):
         reserve: output tokens reserved per call: what was learnt from earlier answers, up to the call's maximum
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
-        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; without rpm also start gently at
+        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; "gradient2" besides follows the
+            time to the first token of streams (never the total latency). Without rpm also start gently at
             a server whose limits are unknown: 8 calls at first, then two more for each good answer, and twice as many
             each 200 ms (50 ms at a local server) where answers take longer. Calls one after the other never wait.
         headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
@@ -72,7 +73,7 @@ class RateLimiter(Positioned):
     oversize: Literal["debt", "refuse"] = "debt"
     reserve: Literal["learned", "max"] = "learned"
     cached_input: Literal["charged", "free"] = "charged"
-    adaptive: bool = True
+    adaptive: bool | Literal["gradient2"] = True
     headers: bool = True
     age_bound: float | str = 10.0
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float], hash=False)
@@ -92,6 +93,10 @@ class RateLimiter(Positioned):
         choice("RateLimiter(per=)", self.per, ("key+model", "key", "model", "endpoint"))
         choice("RateLimiter(oversize=)", self.oversize, ("debt", "refuse"))
         choice("RateLimiter(reserve=)", self.reserve, ("learned", "max"))
+        if self.adaptive != "gradient2":
+            switch("RateLimiter(adaptive=)", self.adaptive)
+        elif self.concurrency is None:
+            raise ConfigError("RateLimiter(adaptive='gradient2'): needs concurrency, e.g. \"4-16-64\"")
         choice("RateLimiter(cached_input=)", self.cached_input, ("charged", "free"))
         if not isinstance(self.weights, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
             raise ConfigError(
@@ -112,7 +117,7 @@ class RateLimiter(Positioned):
         return Limits(
             rpm=self.rpm,
             tokens=tuple((name, units) for name, units in tokens if units is not None),
-            slots=_slots(self.concurrency, adaptive=self.adaptive),
+            slots=_slots(self.concurrency, adaptive=bool(self.adaptive)),
             ramp_s=RAMP_PERIOD_S
             if self.adaptive and self.rpm is None and not isinstance(self.concurrency, str)
             else 0.0,
@@ -121,6 +126,7 @@ class RateLimiter(Positioned):
             age_bound=positive_seconds("age_bound", self.age_bound),
             weights=dict(self.weights),
             cached_free=self.cached_input == "free",
+            gradient=self.adaptive == "gradient2",
         )
 
     def bind(self, inner: Handler, env: Env) -> BoundLimiter:

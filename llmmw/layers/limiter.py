@@ -24,6 +24,7 @@ from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.fault import FaultKind
 from llmmw.interrupt import is_unsent
 from llmmw.layers.base import Bound
+from llmmw.layers.firsttoken import FirstToken
 from llmmw.layers.gate import Gate, Waiting, late
 from llmmw.stream import at_end
 
@@ -77,7 +78,9 @@ class BoundLimiter(Bound):
             self._succeeded(gate, permit, reply)
         else:
             self._hear(gate, permit, reply)
-            return at_end(reply, partial(self._stream_ended, gate, permit, call))
+            judged = self._limits.gradient
+            told = FirstToken(call.op, partial(gate.allowance.first_token, permit)).read if judged else None
+            return at_end(reply, partial(self._stream_ended, gate, permit, call), told)
         return reply
 
     def reconfigure(self, **changes: Any) -> None:

@@ -88,12 +88,15 @@ class Tap:
             on_end(End(how if left is None else left, self._inner.usage, None if left not in {None, how} else error))
 
 
-def at_end(reply: Reply, on_end: Callable[[End], object]) -> Reply:
-    """Call `on_end` once when the reply's body is over: now for a whole reply, after the last chunk of a stream."""
+def at_end(reply: Reply, on_end: Callable[[End], object], on_chunk: Callable[[Chunk], object] | None = None) -> Reply:
+    """Call `on_end` once when the reply's body is over: now for a whole reply, after the last chunk of a stream.
+
+    `on_chunk` sees each chunk of a stream before the reader does.
+    """
     if reply.chunks is None:
         on_end(End("finished", reply.usage))
         return reply
-    return reply.replace(chunks=Tap(reply.chunks, on_end))
+    return reply.replace(chunks=Tap(reply.chunks, on_end, on_chunk))
 
 
 class Replay:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from llmmw.algo.gradient import Gradient2
 from llmmw.answer import Usage
 from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
@@ -916,3 +917,72 @@ async def test_limit_12_a_new_loop_gets_no_second_burst(clock):
     await asyncio.sleep(0.5)
     assert len(upstream.times) == 5
     await asyncio.gather(*tasks)
+
+
+class Paced(ScriptedChunks):
+    """A first chunk at once, then one per gap."""
+
+    def __init__(self, chunks, gap_s):
+        super().__init__(chunks)
+        self.later = gap_s
+
+    async def __anext__(self):
+        chunk = await super().__anext__()
+        self._gap_s = self.later
+        return chunk
+
+
+@manual_time
+async def test_limit_13_gradient2_follows_the_first_token_and_never_the_total_latency(clock):
+    state = {"first": 0.1, "gap": 0.01}
+
+    async def upstream(call):
+        await asyncio.sleep(state["first"])
+        return Reply(chunks=Paced(chat_chunks("a b c"), state["gap"]))
+
+    bound = limiter(clock, upstream, concurrency="2-16-64", adaptive="gradient2")
+
+    async def use():
+        reply = await bound(chat_call(stream=True))
+        async for _ in reply.chunks:
+            pass
+
+    async def rounds(count):
+        await asyncio.gather(*(use() for _ in range(count)))
+        return level(bound, "concurrency")
+
+    grown = await rounds(1500)
+    assert grown > 32
+    state["gap"] = 5.0  # outputs take fifty times as long
+    assert await rounds(300) >= grown
+    state.update(first=5.0, gap=0.01)
+    assert await rounds(300) < grown / 2
+    assert level(bound, "in_use") == 0
+
+
+@pytest.mark.parametrize("op", ["chat", "messages", "function"])
+@manual_time
+async def test_limit_13_what_comes_before_the_first_token_is_none(clock, op):
+    chunks = [b"event: ping\ndata: {}\n\n"] * 3 + chat_chunks("a")
+    seen = []
+
+    class Slow(ScriptedChunks):
+        async def __anext__(self):
+            await asyncio.sleep(1.0)
+            return await super().__anext__()
+
+    bound = limiter(clock, FakeUpstream([Reply(chunks=Slow(chunks))]), concurrency="2-16-64", adaptive="gradient2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gradient2, "first_token", lambda self, took, in_use: seen.append((took, in_use)))
+        reply = await bound(chat_call(stream=True).replace(op=op))
+        async for _ in reply.chunks:
+            pass
+    assert seen == {"chat": [(pytest.approx(4.0), 1)], "function": [(pytest.approx(1.0), 1)], "messages": []}[op]
+
+
+def test_gradient2_needs_a_concurrency():
+    with pytest.raises(ConfigError, match="concurrency"):
+        RateLimiter(rpm=5, adaptive="gradient2")
+    with pytest.raises(ConfigError, match="adaptive"):
+        RateLimiter(concurrency=5, adaptive="vegas")
+    assert RateLimiter(concurrency="1-4-8", adaptive="gradient2").limits().slots == (1, 4, 8)
