@@ -184,4 +184,10 @@ def problem_with(op: str, body: object) -> str | None:
         return f"no {expected!r} list in the body"
     if not value and op in {"chat", "complete", "embed"}:
         return f"{expected!r} is empty"
+    if op in {"chat", "complete"}:
+        reasons = [mapping(choice).get("finish_reason") for choice in value]
+        if not all(reasons):
+            return "a choice has no finish_reason"
+        if "error" in reasons:  # OpenRouter: the provider behind it broke off
+            return "a choice ended in an error"
     return None

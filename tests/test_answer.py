@@ -82,3 +82,14 @@ def test_text_of_each_shape():
     assert text_of({"content": [{"type": "text", "text": "c"}]}) == "c"
     assert text_of({"output": [{"content": [{"text": "o"}]}]}) == "o"
     assert text_of({"data": [{"embedding": []}]}) == ""
+
+
+def test_route_08_answer_without_a_finish_reason_is_none():
+    for op, choice in (("chat", {"message": {"content": "x"}}), ("complete", {"text": "x"})):
+        assert problem_with(op, {"choices": [choice | {"finish_reason": "stop"}]}) is None
+        assert problem_with(op, {"choices": [choice | {"finish_reason": "length"}]}) is None
+        assert problem_with(op, {"choices": [choice]}) == "a choice has no finish_reason"
+        assert problem_with(op, {"choices": [choice | {"finish_reason": None}]}) == "a choice has no finish_reason"
+        assert problem_with(op, {"choices": [choice | {"finish_reason": "error"}]}) == "a choice ended in an error"
+        whole, cut = choice | {"finish_reason": "stop"}, choice
+        assert problem_with(op, {"choices": [whole, cut]}) == "a choice has no finish_reason"

@@ -39,7 +39,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
     inner: str = ""
     """A more exact code below the first one (Azure's innererror, Google's ErrorInfo reason), lower-case."""
     per_day: bool = False
-    """Google's QuotaFailure names a quota per day."""
+    """A quota per day is named in the details (Google)."""
+    flagged: bool = False
+    """The details say that moderation flagged the input (OpenRouter)."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -95,12 +97,14 @@ def _read_object(error: dict[str, Any]) -> ErrorBody:
     per_day = False
     for detail in map(mapping, items(error.get("details"))):
         inner = inner or _word(detail.get("reason"))
-        for violation in map(mapping, items(detail.get("violations"))):
-            per_day = per_day or "perday" in str(violation.get("quotaId", "")).lower()
+        quotas = [mapping(detail.get("metadata")).get("quota_limit")]
+        quotas += [mapping(violation).get("quotaId") for violation in items(detail.get("violations"))]
+        per_day = per_day or any("perday" in str(quota).lower() for quota in quotas)
     kind = _word(error.get("type"))
     if kind in {"", "error"}:
         kind = _word(error.get("status")) or kind
-    return ErrorBody(message, _word(error.get("code")), kind, _word(error.get("param")), inner, per_day)
+    flagged = "flagged_input" in mapping(error.get("metadata"))
+    return ErrorBody(message, _word(error.get("code")), kind, _word(error.get("param")), inner, per_day, flagged)
 
 
 def _word(value: object) -> str:
@@ -124,10 +128,11 @@ def _detail(detail: object) -> str:
 
 
 _LIMITS = (
-    re.compile(r"context (?:length|window)(?: is| of| limit is)?(?: only)? (\d+)"),
-    re.compile(r"> (\d+) maximum"),
+    re.compile(r"(?:context|prompt|model) (?:length|window)(?: is| of| limit is|:)?(?: only)? \(?(\d+)"),
+    re.compile(r"(?:> |with )(\d+) maximum"),
     re.compile(r"tokens allowed \((\d+)\)"),
     re.compile(r"max_model_len[= ](\d+)"),
+    re.compile(r"`inputs` (?:tokens \+ `max_new_tokens` must be <=|must have less than) (\d+)"),
 )
 
 

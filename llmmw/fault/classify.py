@@ -74,27 +74,34 @@ HURTS_CREDENTIAL = frozenset({FaultKind.QUOTA, FaultKind.AUTH})
 
 _QUOTA_CODES = frozenset({
     "insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error", "quota_exceeded",
-    "insufficient_balance", "insufficient_credits", "access_terminated", "payment_required",
+    "insufficient_balance", "insufficient_credits", "access_terminated", "payment_required", "budget_exceeded",
 })  # fmt: skip
 _QUOTA_WORDS = re.compile(
     r"credit balance is too low|insufficient (?:balance|credits?|funds)|reached your (?:specified )?api usage limits"
-    r"|billing hard limit"
+    r"|billing hard limit|insufficient_quota|used all available credits|monthly spending limit"
+    r"|out of call volume quota|budget has been exceeded"
 )
 _AUTH_CODES = frozenset({"invalid_api_key", "authentication_error", "permission_error", "api_key_invalid"})
 _FILTER_CODES = frozenset({
     "content_filter", "content_policy_violation", "responsibleaipolicyviolation", "content_filter_error",
 })  # fmt: skip
-_FILTER_WORDS = re.compile(r"content filtering policy|content management policy|flagged by .*moderation")
+_FILTER_WORDS = re.compile(
+    r"content filtering policy|content management policy|flagged by .*moderation|contentpolicyviolationerror"
+    r"|flagged as potentially violating|requires moderation"
+)
 _LENGTH_CODES = frozenset({"context_length_exceeded", "request_too_large", "string_above_max_length", "context_window"})
 _LENGTH_WORDS = re.compile(
     r"maximum context length|max_model_len|prompt is too long|context (?:length|window|size) (?:is |was )?exceed"
     r"|exceeds? (?:the |this |your )?(?:model's )?(?:available |maximum )?context"
-    r"|input token count .*exceeds|too many (?:input )?tokens|input is too long|longer than the maximum model length"
+    r"|input token count .*exceeds|too many (?:input )?tokens|input is too long|maximum prompt length"
+    r"|longer than the (?:maximum model|model's context) length|you passed \d+ input tokens"
     r"|input length and .*exceed context limit|reduce the length of the (?:input|messages|prompt)"
+    r"|`inputs` (?:tokens \+ `max_new_tokens` must be|must have less than)|contextwindowexceedederror"
 )
 _RATE_CODES = frozenset({"rate_limit_exceeded", "rate_limit_error", "resource_exhausted"})
-_NO_ALLOWANCE = re.compile(r"limit: 0(?![\d.])")
-"""Gemini's 429 for a model that the free tier does not have."""
+_NO_ALLOWANCE = re.compile(r"limit: 0(?![\d.])|(?:requests|tokens|models)[- ]per[- ]day|\((?:rpd|tpd)\)")
+"""What no wait of seconds heals: a quota per day (OpenAI, Groq, OpenRouter), and Gemini's 429 for a model that the free
+tier does not have."""
 
 _MAX_JUDGED = 4000
 """Characters of a message that are searched for words: some of the patterns are quadratic on a hostile one."""
@@ -102,8 +109,9 @@ _MAX_JUDGED = 4000
 _FINISHED_BY_FILTER = re.compile(
     rb'"(?:finish_reason|stop_reason|finishReason)"\s*:\s*"(?:content_filter|refusal|SAFETY|PROHIBITED_CONTENT|BLOCKLIST)"'
 )
-_ASKS_AGAIN = frozenset({408, 409, 425})
-"""Statuses below 500 that ask for another try: request time-out, conflict (openai: a lock), too early."""
+_ASKS_AGAIN = frozenset({408, 409, 424, 425, 498})
+"""Statuses below 500 that are no judgement on the request: request time-out, conflict (openai: a lock), failed
+dependency (TGI, Azure: the generation broke off), too early, and Groq's 498, capacity exceeded."""
 
 
 def classify(outcome: Reply | BaseException, *, wall: float) -> Fault | None:
@@ -182,7 +190,7 @@ _RULES: tuple[tuple[FaultKind, Callable[[_Refusal], object]], ...] = (
     # The first that holds. Exact codes stand before words, and what no waiting heals before what waiting does.
     (FaultKind.QUOTA, lambda r: r.status == 402 or r.names & _QUOTA_CODES or r.said.per_day),  # noqa: PLR2004 — HTTP
     (FaultKind.QUOTA, lambda r: _QUOTA_WORDS.search(r.words) or (r.is_rate and _NO_ALLOWANCE.search(r.words))),
-    (FaultKind.CONTENT_FILTER, lambda r: r.names & _FILTER_CODES or _FILTER_WORDS.search(r.words)),
+    (FaultKind.CONTENT_FILTER, lambda r: r.said.flagged or r.names & _FILTER_CODES or _FILTER_WORDS.search(r.words)),
     (FaultKind.AUTH, lambda r: r.status in {401, 403} or r.names & _AUTH_CODES),
     (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 413 or r.names & _LENGTH_CODES),  # noqa: PLR2004 — HTTP
     (FaultKind.CONTEXT_LENGTH, lambda r: r.status == 400 and r.said.param == "input_tokens"),  # noqa: PLR2004 — HTTP
@@ -236,6 +244,9 @@ _STATUS_OF_EVENT = {
     "not_found_error": 404,
     "notfounderror": 404,
     "rate_limit_error": 429,
+    "billing_error": 402,
+    "request_too_large": 413,
+    "timeout_error": 504,
 }
 """An error event in a stream has no status; its type stands for one (else 500)."""
 

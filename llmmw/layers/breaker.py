@@ -252,7 +252,8 @@ class BoundBreaker(Bound):
         if fault is not None and hurts:
             line.refusal = outcome if isinstance(outcome, Reply) else _keepable(outcome)
             line.why = fault.kind.value if fault.status is None else f"{fault.kind.value}, status {fault.status}"
-        decisive = fault is not None and fault.status != 403  # noqa: PLR2004 — a 403 may be about one prompt only
+        # A 403 may be about one prompt only, and a 400 is known by its words, which may quote one.
+        decisive = fault is not None and fault.status not in {400, 403}
         result: Result = "failed" if hurts else "ok" if fault is None else "neutral"
         line.circuit.record(ticket, result, now, draw=draw, decisive=decisive)
         self._tell(admitted.call, line, " (credential)")

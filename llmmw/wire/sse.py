@@ -171,10 +171,11 @@ class StreamWatch:
             self._terminated = True
             return
         try:
-            root = mapping(msgspec.json.decode(event.data))
+            decoded = msgspec.json.decode(event.data)
         except (msgspec.DecodeError, RecursionError):
             self._broken = True
             return
+        root = mapping(decoded) or mapping(next(iter(items(decoded)), None))  # Gemini: an error in a list of one
         if b'"usage"' in event.data:
             self._merge(usage_of(root))
         if b'error"' in event.data or root.get("type") == "response.failed":

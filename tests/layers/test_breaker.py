@@ -358,6 +358,19 @@ class AuthenticationError(Exception):
 
 
 @manual_time
+async def test_prompt_that_quotes_a_spent_account_does_not_stop_the_others(clock: ManualClock) -> None:
+    quoting = error_reply(400, message="cannot parse: 'Your credit balance is too low'")
+    fine = Reply(data=chat_body("x"))
+    breaker = bound(FakeUpstream([quoting, fine, fine] * 10), clock)
+    assert [(await breaker(chat_call())).status for _ in range(30)] == [400, 200, 200] * 10
+    upstream = FakeUpstream([quoting] * 10)
+    breaker = bound(upstream, clock)
+    for _ in range(10):
+        assert (await breaker(chat_call())).status == 400
+    assert len(upstream.calls) == 5
+
+
+@manual_time
 async def test_refused_credential_of_an_sdk_gets_a_fresh_copy_of_its_exception(clock: ManualClock) -> None:
     upstream = FakeUpstream([AuthenticationError("no")])
     breaker = bound(upstream, clock)
