@@ -184,10 +184,13 @@ def problem_with(op: str, body: object) -> str | None:
         return f"no {expected!r} list in the body"
     if not value and op in {"chat", "complete", "embed"}:
         return f"{expected!r} is empty"
-    if op in {"chat", "complete"}:
-        reasons = [mapping(choice).get("finish_reason") for choice in value]
-        if not all(reasons):
-            return "a choice has no finish_reason"
-        if "error" in reasons:  # OpenRouter: the provider behind it broke off
-            return "a choice ended in an error"
-    return None
+    return _cut_off(items(root.get("choices"))) if op in {"chat", "complete"} else None
+
+
+def _cut_off(choices: list[Any]) -> str | None:
+    """Why one of the choices is not finished, or None."""
+    reasons = [mapping(choice).get("finish_reason") for choice in choices]
+    if not all(reasons):
+        return "a choice has no finish_reason"
+    # OpenRouter: the provider behind it broke off.
+    return "a choice ended in an error" if "error" in reasons else None
