@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from llmmw.call import Call, Item, Reply, current_context
 from llmmw.codec import Codec, Undecodable
+from llmmw.edges.arguments import Binder
 from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
 from llmmw.errors import ConfigError
-from llmmw.keys.code import code_digest
+from llmmw.events import Warned
+from llmmw.keys.code import FunctionCode
 from llmmw.keys.identity import namespace_of
 from llmmw.settings import accepting, instance, texts
 from llmmw.stack import Stack
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable
 
     from llmmw.engine import Engine
     from llmmw.env import Env
@@ -62,64 +64,6 @@ class Wrapped(Protocol[P, R_co]):
         ...
 
 
-class Binder:
-    """Arguments of a call as a mapping by parameter name, defaults filled in: the payload that layers read.
-
-    So layers find `temperature`, `max_tokens`, `model`, `messages` or `prompt` where the function has them.
-    """
-
-    def __init__(self, function: Callable[..., Any], ignore: tuple[str, ...]) -> None:
-        self._signature = inspect.signature(function)
-        parameters = self._signature.parameters.values()
-        unknown = set(ignore) - {parameter.name for parameter in parameters}
-        if unknown:
-            names = ", ".join(self._signature.parameters)
-            raise ConfigError(
-                f"ignore={sorted(unknown)!r}: {function.__name__} has no such parameter (it has: {names})"
-            )
-        self._ignore = ignore
-        plain = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-        self._simple = all(parameter.kind in plain for parameter in parameters)
-        self._positional = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        self._names = frozenset(self._signature.parameters)
-        self._can_be_plain = self._simple and len(self._positional) == len(self._names)
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The payload.
-
-        Raises:
-            TypeError: the arguments do not fit, with Python's own message.
-        """
-        if self._can_be_plain and not kwargs and len(args) == len(self._positional):
-            payload = dict(zip(self._positional, args, strict=True))
-        else:
-            payload = self._bind_named(args, kwargs)
-        for name in self._ignore:
-            payload.pop(name, None)
-        return payload
-
-    def _bind_named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = dict(zip(self._positional, args, strict=False))
-        fits = (
-            self._simple
-            and len(args) <= len(self._positional)
-            and given.keys().isdisjoint(kwargs)
-            and self._names >= kwargs.keys()
-        )
-        payload = {**self._defaults, **given, **kwargs} if fits else {}
-        return payload if fits and len(payload) == len(self._names) else self._bind_slowly(args, kwargs)
-
-    def _bind_slowly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        payload = dict(bound.arguments)
-        for parameter in self._signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                payload[parameter.name] = list(payload[parameter.name])
-        return payload
-
-
 class FunctionEdge:
     """Turns arguments into calls and replies into values, for one wrapped function."""
 
@@ -127,14 +71,18 @@ class FunctionEdge:
         self, function: Callable[..., Any], kind: FunctionKind, stack: Stack, ignore: tuple[str, ...], env: Env | None
     ) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
-        self._variant = (("code", code_digest(function)),)
+        self._code = FunctionCode(function, ignore)
         self._binder = Binder(function, ignore)
         self._codec = Codec(_return_annotation(function))
         self._stream = kind == "async generator"
+        self._directory = stack.cache_directory
+        self._told = False
         self.engine: Engine = stack.bind(FunctionEndpoint(function, kind, self.name, self._codec), env=env)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call for these arguments."""
+        if not self._told:
+            self._tell()
         payload = self._binder.bind(args, kwargs)
         model = payload.get("model")
         context = current_context()
@@ -147,9 +95,19 @@ class FunctionEdge:
             Invocation(args, kwargs),
             self.name,
             "" if context.tenant is None else namespace_of(context.tenant),
-            self._variant,
+            self._code.variant(),
             inherits_context=True,
         )
+
+    def _tell(self) -> None:
+        self._told = True
+        unknown = self._code.private_for
+        if unknown and self._directory is not None:
+            text = (
+                f"{self.name} closes over {unknown!r}, whose content is unknown: its answers are not shared with other "
+                f"processes; wrap it with ignore={unknown!r} if that does not change them"
+            )
+            self.engine.env.emit(Warned("cache: private function", text))
 
     def value(self, reply: Reply) -> Any:
         """What the function returned, as itself for its own caller, as a copy for everybody else.
@@ -203,11 +161,12 @@ def wrap(
     Args:
         function: sync function, async function or async generator function.
         stack: the layers.
-        ignore: parameters that do not change the answer (a client object, `self`): not part of the cache key.
+        ignore: what does not change the answer and is not part of the cache key: parameters (a client object, `self`,
+            also of a bound method), globals that the function reads, variables that it closes over.
         env: clock, randomness and sinks, for tests.
 
     Raises:
-        ConfigError: not a function, a sync generator, or `ignore` names no parameter.
+        ConfigError: not a function, a sync generator, or `ignore` names none of these.
     """
     kind = _kind_of(function)
     instance("stack", stack, Stack, "Stack(TTLCache(300), Coalescer())")
