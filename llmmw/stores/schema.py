@@ -6,11 +6,15 @@ import re
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
-from llmmw.stores.place import DATABASE
+from llmmw.stores.place import DATABASE, Refused
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+VERSION = 0
+"""Of the tables (`PRAGMA user_version`); a later one is neither read nor put aside."""
+_MAX_OBJECTS = 50
+"""diskcache makes a dozen tables, indexes and triggers."""
 SETTINGS: dict[str, Any] = {
     "statistics": 0,
     "tag_index": 0,
@@ -55,10 +59,16 @@ def inspect(connection: sqlite3.Connection) -> bool:
     Returns whether its tables are there.
 
     Raises:
+        Refused: a later version of llmmw made it.
         Corrupt: the database holds something that neither we nor diskcache put there.
         sqlite3.DatabaseError: it is no database.
     """
-    schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+    if version > VERSION:
+        raise Refused("the cache database was made by a later version of llmmw; it is left as it is")
+    schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchmany(_MAX_OBJECTS + 1)
+    if len(schema) > _MAX_OBJECTS:
+        raise Corrupt("too many tables and triggers")
     for kind, name, sql in schema:
         if sql is not None and not (isinstance(sql, str) and _PLAIN_SCHEMA.fullmatch(sql)):
             raise Corrupt(f"unknown {kind} {name!r} in the schema")

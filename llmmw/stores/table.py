@@ -117,11 +117,11 @@ class Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
         self._opening = False
 
     def _look(self) -> None:
+        inspect(self._connection)
+        # Set here, where a lock is an error after a moment; diskcache would try for a minute.
         if not self._connection.execute("PRAGMA page_count").fetchone()[0]:
-            # Set here, where a lock is an error after a moment; diskcache would try for a minute.
             self._connection.execute("PRAGMA auto_vacuum = 1")
         self._connection.execute("PRAGMA journal_mode = wal").fetchall()
-        inspect(self._connection)
 
     @property
     def _con(self) -> sqlite3.Connection:

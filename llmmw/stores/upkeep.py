@@ -15,7 +15,7 @@ import msgspec
 
 from llmmw.env import ambient_clock
 from llmmw.errors import LLMMWError
-from llmmw.stores.place import DATABASE, Refused, check, quarantine, quarantined
+from llmmw.stores.place import DATABASE, Refused, check, claimed, quarantine, quarantined
 from llmmw.stores.schema import Corrupt, connect, inspect
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _explained(place: Path) -> Generator[None]:
     except Refused as error:
         raise Unusable(str(error)) from None
     except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
-        reason = "another program holds it locked" if "locked" in str(error) else str(error)
+        is_locked = isinstance(error, BlockingIOError) or "locked" in str(error)
+        reason = "another program holds it locked" if is_locked else str(error)
         raise Unusable(f"the cache in {place} cannot be used: {reason}") from error
     except (sqlite3.DatabaseError, Corrupt) as error:
         raise _Broken(f"the cache in {place} is broken ({error}); `clear` removes it") from error
@@ -147,8 +148,10 @@ def _opened(place: Path, *, network: bool) -> Generator[sqlite3.Connection | Non
         except FileNotFoundError:
             yield None
             return
-        database = stack.enter_context(contextlib.closing(connect(place, _PATIENCE_S)))
-        yield database if inspect(database) else None
+        with claimed(place):
+            database = stack.enter_context(contextlib.closing(connect(place, _PATIENCE_S)))
+            is_filled = inspect(database)
+        yield database if is_filled else None
 
 
 def _delete(database: sqlite3.Connection, which: str, *values: float) -> int:

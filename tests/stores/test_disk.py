@@ -83,7 +83,10 @@ async def found_in(place, key=KEY, **options):
 
 def change(place, sql, *values):
     connection = sqlite3.connect(place / "cache.db")
-    connection.execute(sql, values)
+    if values:
+        connection.execute(sql, values)
+    else:
+        connection.executescript(sql)
     connection.commit()
     connection.close()
 
@@ -401,6 +404,7 @@ HOSTILE = {
         "CREATE TRIGGER Settings_x AFTER INSERT ON Cache FOR EACH ROW BEGIN UPDATE Settings SET value = value +"
         ' randomblob(100000000) WHERE key = "size"; END'
     ),
+    "more tables than anybody needs": "".join(f"CREATE TABLE t{number} (a);" for number in range(60)),
     "index on an expression": "CREATE INDEX i ON Cache(abs(size))",
 }
 
@@ -543,6 +547,18 @@ async def test_a_row_of_a_later_version_is_a_miss_and_stays(place, monkeypatch):
     assert (found, rig.told) == (None, [])
     monkeypatch.setattr("llmmw.stores.entry.ENTRY_SCHEMA", 2)
     assert (await found_in(place))[0] is not None
+
+
+async def test_a_database_of_a_later_version_is_a_miss_and_left_as_it_is(place):
+    await stored(place)
+    change(place, "PRAGMA user_version = 1; CREATE TABLE Later (a INTEGER CHECK (a > 0));")
+    before = (place / "cache.db").read_bytes()
+    rig = Rig(place)
+    assert await rig.store.get(KEY) is None
+    rig.store.put(KEY, entry(), 60)
+    await rig.store.aclose()
+    assert rig.warnings() == ["cache: refused"]
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {"cache.db": before}
 
 
 async def test_disk_09_every_file_is_private_under_any_umask(place):

@@ -11,7 +11,7 @@ import pytest
 
 from llmmw.stores import upkeep
 from llmmw.stores.entry import Entry, Header
-from llmmw.stores.place import prepare, quarantine
+from llmmw.stores.place import claimed, prepare, quarantine
 from llmmw.stores.rows import Rows
 from llmmw.stores.upkeep import DiskUsage, Unusable, clear, prune, usage
 
@@ -174,3 +174,21 @@ def test_what_was_put_aside_is_found(place):
     fill(place).close()
     quarantine(place, 17.0)
     assert usage(place).quarantined == 1
+
+
+def test_a_database_of_a_later_version_is_left_alone(place):
+    rows = fill(place)
+    rows._table._connection.execute("PRAGMA user_version = 1")
+    rows.close()
+    before = (place / "cache.db").read_bytes()
+    for work in (usage, prune, clear):
+        with pytest.raises(Unusable, match="later version"):
+            work(place)
+    assert (place / "cache.db").read_bytes() == before
+
+
+def test_a_directory_that_is_being_repaired_is_named(place, monkeypatch):
+    monkeypatch.setattr("llmmw.stores.place._CLAIM_TRIES", 1)
+    fill(place).close()
+    with claimed(place, alone=True), pytest.raises(Unusable, match="another program"):
+        usage(place)
