@@ -24,12 +24,14 @@ from llmmw import (
     OrderError,
     RateLimiter,
     Retry,
+    SharedCounter,
     Stack,
     SyncClient,
     Timeout,
     TTLCache,
 )
 from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.stores.counter import FileCounter
 from llmmw.testing.server import ServerConfig
 
 URL = "http://127.0.0.1:9/v1"
@@ -117,10 +119,17 @@ WRONG = {
         "oversize": WORD,
         "reserve": WORD,
         "cached_input": WORD,
-        "adaptive": SWITCH,
+        "adaptive": (*SWITCH, "vegas", "gradient2"),
         "headers": SWITCH,
         "age_bound": POSITIVE,
+        "shared": ("directory", True, 7, NOTHING),
         "weights": ({"a": 0}, {"a": -1}, {"a": NAN}, {"a": "1"}, {"a": True}, {"": 1}, {7: 1}, ["a"], None, NOTHING),
+    },
+    SharedCounter: {
+        "directory": TEXT,
+        "store": ("redis://", 7, NOTHING),
+        "processes": WHOLE + NO_NONE,
+        "patience": POSITIVE + NO_NONE,
     },
     Timeout: {
         "total": POSITIVE + NO_NONE,
@@ -147,7 +156,13 @@ WRONG = {
         "http2": SWITCH,
     },
 }
-REQUIRED = {TTLCache: {"ttl": 60}, Timeout: {"total": 30}, Deadline: {"seconds": 30}, Fallback: {"endpoint": URL}}
+REQUIRED = {
+    TTLCache: {"ttl": 60},
+    Timeout: {"total": 30},
+    Deadline: {"seconds": 30},
+    Fallback: {"endpoint": URL},
+    SharedCounter: {"directory": "limits"},
+}
 
 
 def stack():
@@ -359,6 +374,9 @@ def test_both_of_two_exclusive_options_are_refused():
     assert "endpoint" in refusal(lambda: llmmw.httpx_client(stack(), endpoint=HTTPEndpoint(URL), pool=ConnectionPool()))
     assert "http2" in refusal(lambda: ConnectionPool(engine="aiohttp", http2=True))
     assert "burst" in refusal(lambda: RateLimiter(burst=5))
+    assert "either" in refusal(SharedCounter)
+    assert "either" in refusal(lambda: SharedCounter("limits", store=FileCounter("limits", 1.0)))
+    assert "to share" in refusal(lambda: RateLimiter(concurrency=5, shared=SharedCounter("limits")))
     assert "adaptive" in refusal(lambda: RateLimiter(concurrency="1-2-3", adaptive=False))
     assert "cache_ttl" in refusal(lambda: Stack.recommended(cache_directory="x"))
     assert "cache_ttl" in refusal(lambda: Stack.recommended(sampling="lanes"))

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from itertools import count
 from math import inf
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from llmmw.algo.shared import MEMBER_S, Answer, Ask, Share, step
@@ -52,7 +53,7 @@ class SharedCounter:
         ConfigError: a value that cannot work.
     """
 
-    directory: str | None = None
+    directory: str | PurePath | None = None
     _: dataclasses.KW_ONLY
     store: CounterStore | None = None
     processes: int = 4
@@ -60,13 +61,13 @@ class SharedCounter:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        if self.store is not None and not isinstance(self.store, CounterStore):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
+            raise ConfigError(f"SharedCounter(store={self.store!r}): needs async methods update and aclose")
+        if self.directory is not None:
+            named = str(self.directory) if isinstance(self.directory, PurePath) else self.directory
+            object.__setattr__(self, "directory", text("SharedCounter(directory=)", named))
         if (self.directory is None) is (self.store is None):
             raise ConfigError("SharedCounter: give either a directory or a store")
-        if self.store is not None:
-            if not isinstance(self.store, CounterStore):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value
-                raise ConfigError(f"SharedCounter(store={self.store!r}): needs async methods update and aclose")
-        else:
-            object.__setattr__(self, "directory", text("SharedCounter(directory=)", os.fspath(self.directory or "")))
         whole("SharedCounter(processes=)", self.processes)
         positive_seconds("SharedCounter(patience=)", self.patience)
 
