@@ -22,7 +22,8 @@ MAX_DEPTH = 100
 
 SCHEMA_FIELDS = frozenset({
     "parameters", "input_schema", "output_schema", "json_schema", "guided_json", "schema", "json", "format",
-    "response_schema", "responseSchema", "responseJsonSchema",
+    "response_schema", "responseSchema", "responseJsonSchema", "parametersJsonSchema", "documents",
+    "chat_template_kwargs",
 })  # fmt: skip
 """Subtrees that become prompt text as they stand: the order of their mappings can change the answer."""
 
@@ -30,6 +31,11 @@ _BULK = frozenset({"messages", "prompt", "input", "contents", "system"})
 """The large fields, in which no schema stands."""
 
 _LINKS = frozenset({"image_url", "video_url", "audio_url", "file_url", "file_uri"})
+_LINKS_OR_DATA = frozenset({"image", "video", "audio"})
+"""Hold a link, or the content itself in base64, in some embedding APIs."""
+_LIVE_TOOLS = ("web_search", "web_fetch", "file_search", "mcp", "url_context", "google_search")
+"""Types of tools that the server itself runs, over content that changes."""
+_LIVE_FIELDS = ("web_search_options", "search_parameters", "mcp_servers")
 SCALARS = frozenset({str, int, bool, type(None)})
 
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
@@ -71,7 +77,7 @@ def json_form(head: tuple[object, ...], body: dict[str, Any], *, remote_content:
     except (TypeError, ValueError):
         is_json, encoded = False, b""
     try:
-        if not remote_content and (not is_json or b"_ur" in encoded or b'"url"' in encoded) and _links_out(body):
+        if not remote_content and _is_live(body, b"" if not is_json else encoded):
             raise Uncacheable("remote content that can change")
         if is_json:
             return encoded + b"".join(_schemas(body))
@@ -144,6 +150,26 @@ def _collect_schemas(value: object, found: list[bytes]) -> None:
             _collect_schemas(child, found)
 
 
+def _is_live(body: dict[str, Any], encoded: bytes) -> bool:
+    """Whether the answer depends on content elsewhere: a link, a search, a stored prompt without a version.
+
+    Args:
+        body: of the request.
+        encoded: the same as JSON, to see quickly that there is no link; b"" where it is none.
+    """
+    if any(body.get(name) is not None for name in _LIVE_FIELDS):
+        return True
+    prompt, tools = body.get("prompt"), body.get("tools")
+    if isinstance(prompt, dict) and cast("dict[str, object]", prompt).get("version") is None:
+        return True
+    if isinstance(tools, list | tuple):
+        kinds = [cast("dict[str, object]", tool).get("type") for tool in tools if isinstance(tool, dict)]  # pyright: ignore[reportUnknownVariableType]  # JSON
+        if any(isinstance(kind, str) and kind.startswith(_LIVE_TOOLS) for kind in kinds):
+            return True
+    may_link = not encoded or b"_ur" in encoded or b'"url"' in encoded or b"://" in encoded
+    return may_link and _links_out(body)
+
+
 def _links_out(value: object) -> bool:
     """Whether content is referred to by a link that is not a data URL (its bytes may change behind it)."""
     if isinstance(value, dict):
@@ -153,6 +179,8 @@ def _links_out(value: object) -> bool:
                 url: object = cast("dict[str, Any]", child).get("url") if isinstance(child, dict) else child
                 if isinstance(url, str) and url.lstrip()[:5].lower() != "data:":
                     return True
+            elif name in _LINKS_OR_DATA and isinstance(child, str) and "://" in child[:12]:
+                return True
             if _links_out(cast("object", child)):
                 return True
     elif isinstance(value, list | tuple):

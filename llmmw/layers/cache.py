@@ -12,6 +12,7 @@ from llmmw.events import CacheHit, CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.cachefill import MAX_NEGATIVE_S, Filler
+from llmmw.layers.filling import Fill
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
 from llmmw.stores.base import Match
@@ -51,7 +52,8 @@ class TTLCache(Positioned):
         early_refresh: popular answers are fetched anew shortly before they expire (XFetch), one fetch per answer.
         auth_check: a 401 or 403 closes its namespace to hits until a call of it succeeds again.
         store_fallbacks: stores answers of another endpoint than the one that was asked.
-        remote_content: caches requests whose images or files are links, which can change behind the link.
+        remote_content: caches requests whose answers depend on content elsewhere that can change: links to images or
+            files, tools with which the server searches, stored prompts without a version.
         network_directory: allows a directory on a network file system (locks there are unreliable).
         codec: transforms entries on their way to disk, such as encryption.
 
@@ -188,6 +190,29 @@ class BoundCache(Bound):
                 return reply
         self._sharing.give_back(draw)
         return None
+
+    async def recall(self, call: Call) -> Reply | None:
+        """A stored answer, from memory or disk, without asking inside."""
+        draw = self._draw(call, told=False) if self._reads and not self._filler.is_shut(call.namespace) else None
+        if draw is None:
+            return None
+        tier, resident = "memory", self._store.peek(draw.key)
+        if resident is None and self._store.backing is not None:
+            tier, resident = "disk", await self._store.fetch(draw.key)
+        if resident is not None and self._filler.state_of(resident) in {"fresh", "due"}:
+            reply = play(resident.entry, call)
+            if reply is not None:
+                header = resident.entry.header
+                self.env.emit(CacheHit(tier, header.usage, header.cost_s, agent=call.context.agent))
+                return reply
+        self._sharing.give_back(draw)
+        return None
+
+    def keep(self, call: Call, reply: Reply) -> None:
+        """Store an answer that was obtained another way."""
+        draw = self._draw(call)
+        if draw is not None:
+            Fill(self._filler, call, draw).answered(reply)
 
     def _draw(self, call: Call, *, told: bool = True) -> Draw | None:
         """The call's place among those that share its answer, or None where the cache has nothing to do with it."""

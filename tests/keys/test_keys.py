@@ -151,6 +151,44 @@ def test_cache_26_data_urls_and_links_in_text_are_cached():
     assert key_of(chat_call("http://x"))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "web_search_preview"}]},
+        {"tools": [{"type": "function", "name": "f"}, {"type": "web_search_20250305", "name": "web_search"}]},
+        {"tools": [{"type": "file_search", "vector_store_ids": ["v"]}]},
+        {"tools": ({"type": "mcp", "server_url": "x"},)},
+        {"web_search_options": {}},
+        {"mcp_servers": [{"name": "x"}]},
+        {"prompt": {"id": "p"}},
+        {"input": [{"image": "https://x/y.png"}]},
+    ],
+    ids=str,
+)
+def test_cache_26_what_the_server_looks_up_elsewhere_is_not_cached_by_default(fields):
+    call = Call("responses", "m", {"input": "news?", **fields})
+    with pytest.raises(Uncacheable, match="remote content"):
+        key_of(call)
+    assert key_of(call, remote_content=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "name": "web_search"}]},
+        {"tools": [{"type": ["odd"]}, "odd"]},
+        {"tools": "odd"},
+        {"web_search_options": None},
+        {"prompt": {"id": "p", "version": "2"}},
+        {"input": [{"image": "AAAA//BBBB"}]},
+        {"input": "see https://x/y.png", "temperature": {}},
+    ],
+    ids=str,
+)
+def test_cache_26_what_only_looks_like_it_is_cached(fields):
+    assert key_of(Call("responses", "m", {"input": "news?", **fields}))
+
+
 def test_cache_26_links_are_found_in_objects_that_are_no_json():
     with pytest.raises(Uncacheable, match="remote content"):
         key_of(with_content({"type": "image_url", "image_url": {"url": "http://x"}, "size": (1, 2)}))
@@ -179,6 +217,8 @@ def test_order_inside_schemas_counts_and_around_them_does_not():
     turned = [dict(reversed(tool(ab).items()))]
     assert key_of(chat_call(tools=turned)) == key_of(chat_call(tools=[tool(ab)]))
     assert differ(chat_call(guided_json=ab), chat_call(guided_json=ba))
+    assert differ(chat_call(documents=[ab]), chat_call(documents=[ba]))
+    assert differ(chat_call(chat_template_kwargs=ab), chat_call(chat_template_kwargs=ba))
     formats = [{"type": "json_schema", "json_schema": {"name": "n", "schema": schema}} for schema in (ab, ba)]
     assert differ(*(chat_call(response_format=form) for form in formats))
     assert differ(chat_call(extra_body={"guided_json": ab}), chat_call(extra_body={"guided_json": ba}))
