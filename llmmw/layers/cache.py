@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
@@ -78,7 +79,7 @@ class TTLCache(Positioned):
     store_fallbacks: bool = False
     remote_content: bool = False
     network_directory: bool = False
-    codec: Codec | None = None
+    codec: Codec | None = dataclasses.field(default=None, repr=False)  # it may print its key
 
     def __post_init__(self) -> None:
         keep = object.__setattr__
