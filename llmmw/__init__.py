@@ -47,6 +47,7 @@ _HOMES = {
     "llmmw.layers.route": ("ErrorRouter", "Fallback"),
     "llmmw.layers.shared": ("SharedCounter",),
     "llmmw.layers.timeout": ("Timeout",),
+    "llmmw.offline": ("OfflineBatch",),
     "llmmw.order": ("Role", "Rule"),
     "llmmw.pool": ("ConnectionPool",),
     "llmmw.stack": ("Stack",),
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from llmmw.layers.route import Fallback as Fallback
     from llmmw.layers.shared import SharedCounter as SharedCounter
     from llmmw.layers.timeout import Timeout as Timeout
+    from llmmw.offline import OfflineBatch as OfflineBatch
     from llmmw.order import Role as Role
     from llmmw.order import Rule as Rule
     from llmmw.pool import ConnectionPool as ConnectionPool

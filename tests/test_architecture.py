@@ -15,7 +15,7 @@ FLOORS = (
     {"pool", "stores"},
     {"endpoints", "layers"},
     {"engine", "stack"},
-    {"edges", "sim"},
+    {"edges", "offline", "sim"},
     {"testing", "demo"},
     {"cli", "__init__", "__main__"},
 )

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.call import Outcome, Reply
-from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, prompts_as_requests
+from llmmw.edges.many import check_all, outcomes_of, what_failed
+from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of
 from llmmw.endpoints.openai import HTTPEndpoint
-from llmmw.errors import ConfigError
 from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
 from llmmw.stores.base import Match
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+    import os
+    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
     from types import TracebackType
 
     from llmmw.call import Call
     from llmmw.edges.requests import Piece
     from llmmw.engine import Engine
     from llmmw.env import Env
+    from llmmw.offline import OfflineBatch
     from llmmw.pool import ConnectionPool
 
     Progress = Callable[[int, int], object]
+    Offline = OfflineBatch | str | os.PathLike[str]
 
-MAX_TASKS = 1024
-"""Items of a batch in the stack at once; the limiter's `concurrency` is what reaches the server."""
+T = TypeVar("T")
 
 
 class ClientBase:
@@ -67,7 +69,7 @@ class ClientBase:
             if value is not None:
                 text(option, value)
         self.stack = Stack.recommended() if stack is None else stack
-        endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
+        self.endpoint = endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
         self.engine: Engine = self.stack.bind(endpoint, env=env)
         self.requests = RequestBuilder(
             target=endpoint.name, asker=endpoint.asker, stack=self.stack, model=model, tenant=tenant
@@ -153,6 +155,7 @@ class Client(ClientBase):
         prompts: Iterable[object] | None = None,
         messages: Iterable[object] | None = None,
         on_progress: Progress | None = None,
+        offline: Offline | None = None,
         **fields: Any,
     ) -> list[Outcome]:
         """Many completions (or chats, with `messages`) with the same sampling fields.
@@ -162,15 +165,19 @@ class Client(ClientBase):
             prompts: texts to complete.
             messages: conversations to answer.
             on_progress: called with (done, total) after each item.
+            offline: an OfflineBatch, or the directory of one: handed over as a whole and answered within a day.
             fields: sampling and other fields, for all of them.
 
         Returns:
             One Outcome per item, in order; a failed item fails alone.
+
+        Raises:
+            ConfigError: as `map`.
         """
         if model is not None:
             fields["model"] = model
-        requests = prompts_as_requests(prompts, messages)
-        return await self._map(requests, None, on_progress, fields)
+        name, items = one_of(prompts=prompts, messages=messages)
+        return await self._many(items, lambda item: self.requests.any({name: item}, fields), None, on_progress, offline)
 
     async def map(
         self,
@@ -178,61 +185,80 @@ class Client(ClientBase):
         *,
         previous: Sequence[Outcome] | None = None,
         on_progress: Progress | None = None,
+        offline: Offline | None = None,
         **common: Any,
     ) -> list[Outcome]:
         """Many different requests, each a mapping with `messages`, `prompt` or `input`.
 
         Args:
-            requests: what to ask; keys win over `common`.
+            requests: what to ask; keys win over `common`. An iterator is read as places become free, so a million
+                requests need no more memory than a thousand (their outcomes do).
             previous: outcomes of an earlier run of the same requests: only what failed is asked again.
-            on_progress: called with (done, total) after each item.
+            on_progress: called with (done, total) after each item; of an iterator, total is how many were read.
+            offline: an OfflineBatch, or the directory of one: handed over as a whole and answered within a day.
             common: fields of all requests.
 
         Returns:
             One Outcome per request, in order.
 
         Raises:
-            ConfigError: a request is malformed, or `previous` has another length; nothing was sent.
+            ConfigError: a request of a list is malformed, or `previous` has another length; nothing was sent. A
+                malformed request from an iterator fails alone.
         """
-        return await self._map(requests, previous, on_progress, common)
+        return await self._many(
+            requests, lambda request: self.requests.any(request, common), previous, on_progress, offline
+        )
 
-    async def _map(
+    async def _many(
         self,
-        requests: Iterable[Mapping[str, Any]],
+        items: Iterable[T],
+        build: Callable[[T], Call],
         previous: Sequence[Outcome] | None,
         on_progress: Progress | None,
-        common: Mapping[str, Any],
+        offline: Offline | None,
     ) -> list[Outcome]:
-        calls: list[Call | Outcome] = [self.requests.any(request, common) for request in requests]
-        if previous is not None:
-            if len(previous) != len(calls):
-                raise ConfigError(f"map(previous=): {len(previous)} outcomes for {len(calls)} requests")
-            calls = [old if old.ok else call for old, call in zip(previous, calls, strict=True)]
-        return await self._gather(calls, on_progress)
+        if previous is None:
+            return await self._ask_all(items, build, on_progress, offline)
+        again = what_failed(list(items), previous)
+        kept = len(previous) - len(again)
 
-    async def _gather(self, calls: Sequence[Call | Outcome], on_progress: Progress | None) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(calls)
-        waiting = iter(enumerate(calls))
-        done = 0
+        def told(done: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(kept + done, len(previous))
 
-        async def work() -> None:
-            nonlocal done
-            for index, call in waiting:
-                outcomes[index] = call if isinstance(call, Outcome) else await self._outcome(call)
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, len(calls))
+        fresh = iter(await self._ask_all(again, build, told, offline))
+        return [old if old.ok else next(fresh) for old in previous]
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(MAX_TASKS, len(calls))):
-                group.create_task(work())
-        return [outcome for outcome in outcomes if outcome is not None]
+    async def _ask_all(
+        self, items: Iterable[T], build: Callable[[T], Call], on_progress: Progress | None, offline: Offline | None
+    ) -> list[Outcome]:
+        if isinstance(items, Sequence):
+            await check_all(items, build)
+        if offline is None:
+            return await outcomes_of(items, lambda item: self._outcome(build(item)), on_progress)
+        from llmmw.offline import offline_of  # noqa: PLC0415 — loaded where it is asked for
+        from llmmw.offline.run import run  # noqa: PLC0415 — as above
+
+        return await run(self.engine, self.endpoint, offline_of(offline), [build(item) for item in items], on_progress)
 
     async def _outcome(self, call: Call) -> Outcome:
-        try:
-            return Outcome(reply=answer_of(await self.engine.call(call)))
-        except Exception as error:  # noqa: BLE001 — every item's failure is its outcome
-            return Outcome(error=error)
+        return Outcome(reply=answer_of(await self.engine.call(call)))
+
+    async def cancel_offline(self, offline: Offline) -> int:
+        """Cancel the offline batches of a directory that are under way; what is answered by then stays answered.
+
+        Who waits for them, here or in another process, gets `Closed` for what was not.
+
+        Args:
+            offline: an OfflineBatch, or the directory of one.
+
+        Returns:
+            How many were told to stop.
+        """
+        from llmmw.offline import offline_of  # noqa: PLC0415 — loaded where it is asked for
+        from llmmw.offline.run import cancel  # noqa: PLC0415 — as above
+
+        return await cancel(self.engine, self.endpoint, offline_of(offline))
 
     async def aclose(self) -> None:
         """Wait for calls in flight and close every connection. Idempotent, from any loop."""

@@ -189,16 +189,18 @@ def answer_of(reply: Reply) -> Reply:
     return reply
 
 
-def prompts_as_requests(prompts: Iterable[object] | None, messages: Iterable[object] | None) -> list[dict[str, object]]:
-    """The items of `generate_batch` as requests.
+def one_of(*, prompts: Iterable[object] | None, messages: Iterable[object] | None) -> tuple[str, Iterable[object]]:
+    """The items of `generate_batch` and the name of the field they go into.
 
     Raises:
-        ConfigError: both, or neither, of the two were given.
+        ConfigError: both, or neither, of the two were given, or a single text.
     """
-    if (prompts is None) == (messages is None):
+    if prompts is None and messages is not None:
+        if isinstance(messages, str):
+            raise ConfigError("generate_batch(messages=<str>): expected a list of conversations")
+        return "messages", messages
+    if prompts is None or messages is not None:
         raise ConfigError("generate_batch: give exactly one of prompts=[...] and messages=[[...], ...]")
-    if prompts is not None:
-        if isinstance(prompts, str):
-            raise ConfigError("generate_batch(prompts=<str>): expected a list of prompts")
-        return [{"prompt": prompt} for prompt in prompts]
-    return [{"messages": conversation} for conversation in messages or ()]
+    if isinstance(prompts, str):
+        raise ConfigError("generate_batch(prompts=<str>): expected a list of prompts")
+    return "prompt", prompts

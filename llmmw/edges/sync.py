@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llmmw.call import Outcome, Reply
-    from llmmw.edges.client import Progress
+    from llmmw.edges.client import Offline, Progress
     from llmmw.edges.requests import Piece
 
 
@@ -35,6 +35,7 @@ class SyncClient:
         self.invalidate_tenant = self._client.invalidate_tenant
         self.tick = self._client.tick
         self.requests = self._client.requests
+        self.endpoint = self._client.endpoint
 
     def chat(self, messages: object, *, model: str | None = None, **fields: Any) -> Reply:
         """One chat completion; a plain string is one user message."""
@@ -72,12 +73,13 @@ class SyncClient:
         prompts: Iterable[object] | None = None,
         messages: Iterable[object] | None = None,
         on_progress: Progress | None = None,
+        offline: Offline | None = None,
         **fields: Any,
     ) -> list[Outcome]:
         """As `Client.generate_batch`."""
         return self.engine.run_sync(
             lambda: self._client.generate_batch(
-                model=model, prompts=prompts, messages=messages, on_progress=on_progress, **fields
+                model=model, prompts=prompts, messages=messages, on_progress=on_progress, offline=offline, **fields
             )
         )
 
@@ -87,12 +89,17 @@ class SyncClient:
         *,
         previous: Sequence[Outcome] | None = None,
         on_progress: Progress | None = None,
+        offline: Offline | None = None,
         **common: Any,
     ) -> list[Outcome]:
         """As `Client.map`."""
         return self.engine.run_sync(
-            lambda: self._client.map(requests, previous=previous, on_progress=on_progress, **common)
+            lambda: self._client.map(requests, previous=previous, on_progress=on_progress, offline=offline, **common)
         )
+
+    def cancel_offline(self, offline: Offline) -> int:
+        """As `Client.cancel_offline`."""
+        return self.engine.run_sync(lambda: self._client.cancel_offline(offline))
 
     def close(self) -> None:
         """Wait for calls in flight and close every connection. Idempotent."""

@@ -15,6 +15,7 @@ from llmmw.engine.closing import DRAIN_S, close_all, closed_error, note_or_raise
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
+from llmmw.engine.keeping import Keeping
 from llmmw.engine.readers import GuardedChunks, bridged, whose
 from llmmw.errors import Closed
 from llmmw.events import CallEnded, CallStarted
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Engine(Forgetting, Changing):
+class Engine(Forgetting, Keeping, Changing):
     """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
 
     At the end of its body `with` waits 30 s for calls in flight, after an interrupt (Ctrl-C, a cancellation) 5 s.

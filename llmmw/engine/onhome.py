@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llmmw.engine.home import Home
+    from llmmw.env import Env
     from llmmw.layers.base import Bound
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ class OnHome:
 
     _bounds: Sequence[tuple[str, Bound]]
     _home: Home
+    env: Env
 
     def _on_home(self, work: Callable[[], T]) -> T:
         """Do something that takes no time on the home loop; here, where there is none."""
@@ -26,3 +28,12 @@ class OnHome:
             return work()
 
         return work() if self._home.loop is None or self._home.is_here() else self._home.run_sync(there)
+
+    def tick(self) -> None:
+        """Every agent of the step has asked: flush what waits for batch mates. From any thread."""
+        loop = self._home.loop
+        if loop is not None and not loop.is_closed():
+            for _, bound in self._bounds:
+                flush = getattr(bound, "tick", None)
+                if flush is not None:
+                    loop.call_soon_threadsafe(flush)

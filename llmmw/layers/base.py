@@ -81,6 +81,15 @@ class Bound:
         del call
         return 0
 
+    async def recall(self, call: Call) -> Reply | None:
+        """What is stored for this call, without asking inside. Default: nothing is stored."""
+        del call
+        return None
+
+    def keep(self, call: Call, reply: Reply) -> None:
+        """Store an answer that was obtained another way (an offline batch), if that is what this layer does."""
+        del call, reply
+
     def discard(self, match: Match) -> int:
         """Forget what is stored of a namespace or with a tag; returns how many entries went. Default: nothing is."""
         del match

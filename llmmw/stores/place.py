@@ -75,6 +75,17 @@ def check(directory: Path, *, network: bool = False, database: str = DATABASE) -
         _check_file(directory / f"{database}{companion}")
 
 
+def private_directory(directory: Path) -> None:
+    """Make a directory of ours where it is missing, and check it where it is not.
+
+    Raises:
+        Refused: not ours, a link, or writable by others.
+        OSError: it cannot be made.
+    """
+    _make(directory)
+    _check_directory(directory)
+
+
 def _make(directory: Path) -> None:
     for ancestor in (*reversed(directory.parents), directory):
         if not os.path.lexists(ancestor):

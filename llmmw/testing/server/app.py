@@ -19,6 +19,7 @@ from .exchange import Answer, Exchange, Plain
 from .faults import FaultRule
 from .messages import messages
 from .metrics import load_header
+from .offline import offline_route
 from .responses import responses
 from .send import plain, streamed
 from .side import not_allowed, refusal, side
@@ -152,6 +153,10 @@ class ModelServer:
         path = request.raw_path.partition("?")[0]
         route = ROUTES.get(path)
         if route is None:
+            offline = offline_route(request.method, request.raw_path, request.headers.get("Content-Type", ""))
+            if offline is not None:
+                name, answer = offline
+                return await self._counted(answer, request, name)
             if path.startswith("/_control/"):
                 return await control(self.core, request, path)
             return side(self.core, request)
@@ -227,7 +232,8 @@ class ModelServer:
             record.body = body[: config.log_body_bytes].decode("utf-8", "replace")
         if config.api_keys and key not in config.api_keys and record.route.startswith("/v1/"):
             raise unauthorized()
-        if not headers.get("Content-Type", "").startswith("application/json"):
+        is_json = headers.get("Content-Type", "").startswith("application/json")
+        if request.method == "POST" and record.route != "/v1/files" and not is_json:
             raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed", kind="Bad Request")
         return body, key
 

@@ -69,6 +69,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     kv_blocks: Annotated[Positive, Meta(description="engine: KV blocks remembered (least recently used)")] = 65_536
     paused: Annotated[bool, Meta(description="engine: take requests, run no step")] = False
 
+    offline_looks: Annotated[Natural, Meta(description="offline batches end with this look at them; 0: the first")] = 1
+    offline_expire: Annotated[
+        str, Meta(min_length=1, description="requests of offline batches that contain this expire")
+    ] = "[expire]"
+
     rpm: Annotated[Positive | None, Meta(description="requests per window and API key")] = None
     tpm: Annotated[Positive | None, Meta(description="tokens per window and API key")] = None
     limit_window_s: Annotated[Span, Meta(description="window of rpm and tpm, seconds")] = 60.0

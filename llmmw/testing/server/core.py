@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from .batches import Book
 from .config import ServerConfig, changed
 from .engine import Engine, Group
 from .faults import FaultBook
@@ -29,6 +30,7 @@ class Core:
         self.limits = Limits(config)
         self.faults = FaultBook(config.faults, config.seed)
         self.stats = Stats(config.log_requests)
+        self.offline = Book()
         self._watchers: set[asyncio.Future[None]] = set()
         self.engine.on_change = self.notify
 
@@ -47,7 +49,7 @@ class Core:
         return new
 
     def reset(self) -> None:
-        """Counters, draws, limits, prefix cache and fault counts start afresh; requests under way go on."""
+        """Counters, draws, limits, prefix cache, fault counts, batches start afresh; requests under way go on."""
         in_flight = self.stats.in_flight
         self.stats.clear(self.config.log_requests)
         self.stats.in_flight = self.stats.peak_in_flight = in_flight
@@ -55,6 +57,7 @@ class Core:
         self.engine.reset()
         self.limits = Limits(self.config)
         self.faults = FaultBook(self.faults.rules(), self.config.seed)
+        self.offline = Book()
 
     def pace(self, group: Group) -> AsyncGenerator[None, None]:
         """The latency model in force: yields as tokens appear."""

@@ -17,7 +17,7 @@ VERSION: Final = "0.0.0+llmmw.embedded"
 
 def refusal(config: ServerConfig, error: ApiError, route: str) -> Plain:
     """The answer to a refused request, in the shape its route speaks."""
-    style = "anthropic" if route == "/v1/messages" else config.error_style
+    style = "anthropic" if route.startswith("/v1/messages") else config.error_style
     return Plain(encode(error.body(style)), error.status, headers=dict(error.headers))
 
 
