@@ -15,6 +15,7 @@ from llmmw.engine.closing import DRAIN_S, close_all, closed_error, note_or_raise
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
+from llmmw.engine.inside import inside, is_inside
 from llmmw.engine.keeping import Keeping
 from llmmw.engine.readers import GuardedChunks, bridged, whose
 from llmmw.errors import Closed
@@ -88,7 +89,7 @@ class Engine(Forgetting, Keeping, Changing):
             LLMMWError: what the layers and the endpoint raise; a user function's own exceptions come through as is.
         """
         if self._closed:
-            raise closed_error()
+            return self._last_hit(call)
         if self._home.adopt():
             return await self._serve(call)
         reply = self._peek(call)
@@ -104,7 +105,7 @@ class Engine(Forgetting, Keeping, Changing):
             Closed: the engine was closed.
         """
         if self._closed:
-            raise closed_error()
+            return self._last_hit(call)
         reply = self._peek(call)
         if reply is not None:
             return reply
@@ -121,6 +122,13 @@ class Engine(Forgetting, Keeping, Changing):
             raise closed_error()
         return self._home.run_sync(make, repeat=False)
 
+    def _last_hit(self, call: Call) -> Reply:
+        """While calls in flight are waited for, what is in memory is still answered: it needs nothing that closes."""
+        reply = None if self._released else self._peek(call)
+        if reply is None:
+            raise closed_error()
+        return reply
+
     def _peek(self, call: Call) -> Reply | None:
         if self._hit_source is None or call.stream or call.direct:
             return None
@@ -130,8 +138,8 @@ class Engine(Forgetting, Keeping, Changing):
             agent = call.context.agent
             if self.env.observed:
                 self.env.emit(CallStarted(agent))
-            took = self.env.clock.monotonic() - began
-            self.env.emit(CallEnded("hit", took, agent, reply.usage))
+            result, error_name = result_of(reply)
+            self._told(result, began, agent, reply.usage, error_name)
         return reply
 
     async def _serve(self, call: Call) -> Reply:
@@ -144,7 +152,11 @@ class Engine(Forgetting, Keeping, Changing):
         if env.observed:
             env.emit(CallStarted(agent))
         try:
-            reply = await self._handler_of(call)(call)
+            if call.inherits_context:
+                with inside(self._calls, number):
+                    reply = await self._handler_of(call)(call)
+            else:
+                reply = await self._handler_of(call)(call)
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
@@ -177,6 +189,9 @@ class Engine(Forgetting, Keeping, Changing):
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
     ) -> None:
         self._calls.end(number)
+        self._told(result, began, agent, usage, error)
+
+    def _told(self, result: CallResult, began: float, agent: str | None, usage: Usage, error: str) -> None:
         self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
 
     # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,15 +205,6 @@ class Engine(Forgetting, Keeping, Changing):
             if read is not None and (found := read()):
                 gauges.setdefault(name, {}).update(found)
         return self._stats.snapshot(len(self._calls), gauges)
-
-    def tick(self) -> None:
-        """Every agent of the step has asked: flush what waits for batch mates. From any thread."""
-        loop = self._home.loop
-        if loop is not None and not loop.is_closed():
-            for _, bound in self._bounds:
-                flush = getattr(bound, "tick", None)
-                if flush is not None:
-                    loop.call_soon_threadsafe(flush)
 
     # ── lifetime ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,9 +249,15 @@ class Engine(Forgetting, Keeping, Changing):
         if self._closing is None or self._closing.get_loop() is not loop:
             self._closing = loop.create_task(self._close(task, drain_timeout, closer))
             self._closing.add_done_callback(lambda _: self._home.stop_thread())  # also when nobody waits for it
-        # A function that closes its own engine inside a shared call would wait for itself: the close goes on alone.
-        if current_flight() is None:
+        if not self._is_inside():  # it would wait for itself: the close goes on alone
             await asyncio.shield(self._closing)
+
+    def _is_inside(self) -> bool:
+        """Whether the running code is part of a call of ours."""
+        flight = current_flight()
+        if flight is not None and flight.runs and any(flight.owner is bound for _, bound in self._bounds):
+            return True
+        return is_inside(self._calls)
 
     async def _close(self, task: asyncio.Task[Any] | None, drain_timeout: float, closer: object) -> None:
         for _, bound in self._bounds:

@@ -103,7 +103,7 @@ class BoundCoalescer(Bound):
         if flight is not None and origin is not None and flight.reaches(origin):
             return await self.inner(call)  # waiting here would be waiting for ourselves
         if flight is None or not flight.joinable:
-            flight = self._table[key] = Flight(key, call)
+            flight = self._table[key] = Flight(key, call, self)
         else:
             self.env.emit(Coalesced(call.context.agent))
             flight.urgency.join(call.context)

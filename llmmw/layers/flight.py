@@ -25,10 +25,25 @@ _inside: contextvars.ContextVar[Flight | None] = contextvars.ContextVar("llmmw_f
 class Flight:
     """One shared call: who waits for it, how urgently, and what became of it so far."""
 
-    __slots__ = ("call", "elections", "key", "leader", "over", "reply", "task", "tee", "urgency", "waiters", "waits_on")
+    __slots__ = (
+        "call",
+        "elections",
+        "key",
+        "leader",
+        "over",
+        "owner",
+        "reply",
+        "task",
+        "tee",
+        "urgency",
+        "waiters",
+        "waits_on",
+    )
 
-    def __init__(self, key: Key, call: Call) -> None:
+    def __init__(self, key: Key, call: Call, owner: object) -> None:
         self.key = key
+        self.owner = owner
+        """The coalescer in whose table it is."""
         self.call = call
         self.urgency = Urgency(call.context.priority, call.context.deadline)
         self.waiters: dict[asyncio.Future[Landed], Call] = {}
@@ -48,6 +63,11 @@ class Flight:
     def joinable(self) -> bool:
         """Whether a newcomer would get the whole answer."""
         return self.tee is None or self.tee.joinable
+
+    @property
+    def runs(self) -> bool:
+        """Whether its task has not ended."""
+        return self.task is not None or not self.over
 
     @property
     def awaited(self) -> bool:
