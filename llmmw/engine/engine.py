@@ -152,11 +152,8 @@ class Engine(Forgetting, Keeping, Changing):
         if env.observed:
             env.emit(CallStarted(agent))
         try:
-            if call.inherits_context:
-                with inside(self._calls, number):
-                    reply = await self._handler_of(call)(call)
-            else:
-                reply = await self._handler_of(call)(call)
+            handler = self._handler_of(call)
+            reply = await (inside(self._calls, number, handler, call) if call.inherits_context else handler(call))
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
@@ -255,9 +252,8 @@ class Engine(Forgetting, Keeping, Changing):
     def _is_inside(self) -> bool:
         """Whether the running code is part of a call of ours."""
         flight = current_flight()
-        if flight is not None and flight.runs and any(flight.owner is bound for _, bound in self._bounds):
-            return True
-        return is_inside(self._calls)
+        shared = flight is not None and flight.runs and any(flight.owner is bound for _, bound in self._bounds)
+        return shared or is_inside(self._calls)
 
     async def _close(self, task: asyncio.Task[Any] | None, drain_timeout: float, closer: object) -> None:
         for _, bound in self._bounds:

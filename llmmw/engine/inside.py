@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
+    from llmmw.call import Call, Handler, Reply
     from llmmw.engine.inflight import InFlight
 
 _inside: ContextVar[tuple[tuple[InFlight, int], ...]] = ContextVar("llmmw_inside", default=())
 
 
-@contextmanager
-def inside(calls: InFlight, number: int) -> Generator[None]:
-    """What runs in this block, and whatever it starts, is part of that call as long as the call lasts."""
+async def inside(calls: InFlight, number: int, handler: Handler, call: Call) -> Reply:
+    """Have a call answered; what runs for it, and whatever that starts, is part of it as long as it lasts."""
     token = _inside.set((*_inside.get(), (calls, number)))
     try:
-        yield
+        return await handler(call)
     finally:
         _inside.reset(token)
 
