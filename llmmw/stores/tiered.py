@@ -57,12 +57,10 @@ class TieredStore:
             return None
         since = self.generation
         entry = await self.backing.get(key)
-        if entry is None:
-            return None
         newer = self.peek(key)
         if newer is not None:  # stored while the disk was read
             return newer
-        if self._was_forgotten(entry, since):
+        if entry is None or self._was_forgotten(entry, since):
             return None
         return self._admit(key, entry, entry.remaining_s(self._clock.wall()))
 
