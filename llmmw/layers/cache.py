@@ -37,7 +37,7 @@ class TTLCache(Positioned):
     """Answers from memory, and from disk where there is a directory, while they live.
 
     Args:
-        ttl: lifetime of an answer in seconds, or text ("10m", "12h").
+        ttl: lifetime of an answer in seconds, or text ("10m", "12h"); it also holds for what another program stored.
         directory: keeps answers on disk too, shared by processes; default $LLMMW_CACHE_DIR, else memory only.
         sampling: "share": the same request, the same answer. "lanes": each agent has its own k-th sample, so a rerun
             replays the same diversity. "deterministic": only temperature 0 or seeded requests.
@@ -106,7 +106,9 @@ class TTLCache(Positioned):
         grace_s = max(cast("float", self.stale_while_revalidate), cast("float", self.stale_if_error))
         memory = MemoryStore(self.max_bytes, self.max_entries)
         backing = self._backing(env)
-        return BoundCache(inner, env, self, mode, TieredStore(memory, backing, env.clock, grace_s=grace_s))
+        longest_s = cast("float", self.ttl) * (1 + self.jitter)
+        store = TieredStore(memory, backing, env.clock, grace_s=grace_s, longest_s=longest_s)
+        return BoundCache(inner, env, self, mode, store)
 
     def _mode_now(self) -> str:
         return variable("LLMMW_CACHE").lower() or self.mode

@@ -67,8 +67,10 @@ class Filler:
     def state_of(self, resident: Resident) -> State:
         """What may be done with an entry now; "due" is fresh, but worth renewing."""
         now = self.env.clock.monotonic()
-        if resident.entry.header.status >= FIRST_REFUSAL and not self.settings.negative_ttl:
-            return "expired"  # another process keeps refusals
+        if resident.entry.header.status >= FIRST_REFUSAL and (
+            now >= resident.expires or not self.settings.negative_ttl
+        ):
+            return "expired"  # no refusal is served stale, nor one that another process keeps
         if now < resident.expires:
             return "due" if self._is_due(resident, now) else "fresh"
         return "stale" if now < resident.expires + self._revalidate_s else "expired"
@@ -96,6 +98,7 @@ class Filler:
         try:
             reply = await self.inner(fill.shared_call())
         except BaseException as error:
+            self.note_error(call, error)
             found = self._instead(call, stale, error) if isinstance(error, Exception) else None
             if found is None:
                 self.sharing.give_back(draw)
@@ -115,6 +118,8 @@ class Filler:
         clock = self.env.clock
         if stale is None or clock.monotonic() >= stale.expires + self._on_error_s:
             return None
+        if stale.entry.header.status >= FIRST_REFUSAL:
+            return None
         fault = classify(outcome, wall=clock.wall())
         reply = play_entry(stale.entry, call) if fault is not None and fault.kind in _PASSING else None
         if reply is None:
@@ -130,6 +135,13 @@ class Filler:
                 self._shut.add(call.namespace)
             elif reply.ok:
                 self._shut.discard(call.namespace)
+
+    def note_error(self, call: Call, error: BaseException) -> None:
+        """The same for a credential that an SDK within a user's function was refused."""
+        if self.settings.auth_check and isinstance(error, Exception):
+            fault = classify(error, wall=self.env.clock.wall())
+            if fault is not None and fault.status in {401, 403}:
+                self._shut.add(call.namespace)
 
     def why_not(self, reply: Reply) -> str | None:
         """Why an answer is not even looked at, or None."""
@@ -197,6 +209,7 @@ class Filler:
                 async for _ in reply.chunks:
                     pass
         except Exception as error:  # noqa: BLE001 — nobody waits for it, and a user's function raises anything
+            self.note_error(call, error)
             self.env.emit(CacheSkipped(f"refresh failed: {type(error).__name__}"))
 
     def rehome(self) -> None:

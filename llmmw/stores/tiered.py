@@ -6,6 +6,7 @@ entry back.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,25 @@ class TieredStore:
         backing: the slow tier, or None.
         clock: monotonic for the front, wall for what is written behind.
         grace_s: how long an expired entry is kept, for serving it stale.
+        longest_s: no entry is older, whatever lifetime it was given by who wrote it.
     """
 
-    def __init__(self, memory: MemoryStore, backing: Backing | None, clock: Clock, *, grace_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        memory: MemoryStore,
+        backing: Backing | None,
+        clock: Clock,
+        *,
+        grace_s: float = 0.0,
+        longest_s: float = math.inf,
+    ) -> None:
         self.memory = memory
         self.backing = backing
         self.generation = 0
         """Counts invalidations; whoever begins a fill notes it."""
         self._clock = clock
         self._grace_s = grace_s
+        self._longest_s = longest_s
         self._forgotten: deque[tuple[int, Match]] = deque(maxlen=_REMEMBERED)
 
     @property
@@ -62,7 +73,9 @@ class TieredStore:
             return newer
         if entry is None or self._was_forgotten(entry, since):
             return None
-        return self._admit(key, entry, entry.remaining_s(self._clock.wall()))
+        wall = self._clock.wall()
+        left = min(entry.remaining_s(wall), entry.header.created + self._longest_s - wall)
+        return self._admit(key, entry, left)
 
     def put(self, key: bytes, entry: Entry, *, since: int, lease: Lease | None = None) -> bool:
         """Keep a new entry; whether any tier took it.

@@ -868,3 +868,30 @@ def test_cache_13_whatever_a_server_streams_storing_it_never_raises(op, chunks, 
     with contextlib.suppress(NotStorable):
         entry = record_stream(call, Reply(), chunks, Reply().usage, Making(b"", 0.0, 1.0, 0.0))
         play(entry, call.replace(stream=stream))
+
+
+class Denied(Exception):
+    """As SDKs raise it."""
+
+    status_code = 401
+
+
+@manual_time
+async def test_cache_23_an_sdk_within_a_function_that_was_refused_closes_the_namespace_too(clock):
+    rig = Rig(ok("a"), Denied(), ok("b"), auth_check=True)
+    await rig("a")
+    with pytest.raises(Denied):
+        await rig("b")
+    assert rig.cache.peek(chat_call("a")) is None
+    assert (await rig("b")).ok
+    assert (await rig("a")).source == "cache"
+
+
+@manual_time
+async def test_no_refusal_is_served_stale(clock):
+    rig = Rig(error_reply(404), negative_ttl=10, jitter=0, stale_while_revalidate=100, stale_if_error=100)
+    await rig()
+    clock.advance(11)
+    rig.upstream._script = [error_reply(503)]
+    assert (await rig()).status == 503
+    assert (await rig()).ok

@@ -6,7 +6,7 @@ import pytest
 
 from llmmw import events as ev
 from llmmw.call import Context
-from llmmw.env import Env
+from llmmw.env import Env, SystemClock
 from llmmw.errors import ConfigError
 from llmmw.layers.cache import TTLCache
 from llmmw.stores import disk as disk_module
@@ -117,3 +117,23 @@ async def test_answers_are_read_only_under_the_codec_that_wrote_them_and_stay(pl
     assert (await run(chat_call(), directory=place, codec=other, mode="read"))[0] == ["upstream"]
     assert (await run(chat_call(), directory=place, mode="read"))[0] == ["upstream"]
     assert (await run(chat_call(), directory=place, codec=one))[0] == ["cache"]
+
+
+@pytest.mark.parametrize(("ttl", "expected"), [(300, "cache"), (1, "upstream")])
+async def test_a_shorter_lifetime_rules_over_what_was_stored_under_a_longer_one(place, ttl, expected):
+    await run(chat_call(), directory=place)
+    told = []
+    env = Env(clock=Later(5), sinks=(told.append,))
+    cache = TTLCache(ttl, directory=place).bind(FakeUpstream(), env)
+    assert (await cache(chat_call())).source == expected
+    await cache.aclose()
+
+
+class Later(SystemClock):
+    """The machine's clock, some seconds on."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+
+    def wall(self):
+        return super().wall() + self._seconds
