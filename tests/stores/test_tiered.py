@@ -86,6 +86,15 @@ async def test_what_was_stored_while_the_disk_was_read_wins(clock):
 
 
 @manual_time
+async def test_what_was_stored_while_the_disk_was_read_in_vain_is_found(clock):
+    store = tiers(clock)
+    reading = asyncio.create_task(store.fetch(b"k"))
+    await asyncio.sleep(0.5)
+    store.put(b"k", entry(clock, b"new"), since=store.generation)
+    assert (await reading).entry.data == b"new"
+
+
+@manual_time
 async def test_what_was_forgotten_while_the_disk_was_read_stays_forgotten(clock):
     for forget in (lambda store: store.forget(b"k"), lambda store: store.discard(Match("tag", "t"))):
         store = tiers(clock)
