@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
 
+import llmmw
 from llmmw import Bound, ConfigError, OrderError, Role, Stack
 from llmmw.layers.deadline import Deadline
 from llmmw.order import RULES, find_violations
@@ -129,3 +132,29 @@ def test_every_layer_knows_its_rules():
 
     assert {rule.id for rule in TTLCache(60).rules} >= {"cache-outside-coalesce", "cache-outside-limit"}
     assert all(Role.COALESCE in {rule.outer, rule.inner} for rule in Coalescer().rules)
+
+
+def everything():
+    return Stack(
+        llmmw.Deadline(3), llmmw.TTLCache("1h", directory="/nowhere"), llmmw.Coalescer(lease=3), llmmw.ErrorRouter(),
+        llmmw.Retry(), llmmw.CircuitBreaker(), llmmw.Batcher(), llmmw.RateLimiter(rpm=3), llmmw.Timeout(3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", [everything(), Stack.recommended(fallbacks=["http://127.0.0.1:1/v1"]), Stack()])
+def test_stacks_pickle_and_copy(stack):
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        found = pickle.loads(pickle.dumps(stack, protocol))
+        assert (found, hash(found), repr(found)) == (stack, hash(stack), repr(stack))
+    assert copy.deepcopy(stack) == copy.copy(stack) == stack
+
+
+def test_what_is_at_work_says_that_it_cannot_be_pickled():
+    engine = everything().bind(FakeUpstream())
+    client = llmmw.SyncClient("http://127.0.0.1:1/v1")
+    for one in (engine, client, llmmw.Client("http://127.0.0.1:1/v1")):
+        for attempt in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(TypeError, match="Pickle its Stack"):
+                attempt(one)
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        copy.copy(engine)

@@ -9,6 +9,7 @@ from llmmw.call import Outcome, Reply
 from llmmw.edges.many import check_all, outcomes_of, what_failed
 from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of
 from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.engine.atwork import AtWork
 from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
 from llmmw.stores.base import Match
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ClientBase:
+class ClientBase(AtWork):
     """Settings and lifetime that both clients share.
 
     Args:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmmw.edges.client import Client
 from llmmw.edges.requests import PieceReader, answer_of
+from llmmw.engine.atwork import AtWork
 from llmmw.engine.readers import BridgedChunks
 from llmmw.settings import accepting
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from llmmw.edges.requests import Piece
 
 
-class SyncClient:
+class SyncClient(AtWork):
     """`Client` without `await`; use it with `with`, or `close()`. Safe to share between threads.
 
     Takes what `Client` takes and raises what it raises; from inside a running event loop use `Client`.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from llmmw.engine.atwork import AtWork
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class OnHome:
+class OnHome(AtWork):
     """The part of an engine that its groups of methods share."""
 
     _bounds: Sequence[tuple[str, Bound]]
