@@ -97,7 +97,7 @@ class Life:
         env = Env(clock=clock, seed=seed, sinks=(self.events.append,) if rng.random() < 0.5 else ())
         self.engine = random_stack(rng).bind(upstream(rng, "http://fake.test/v1"), env=env)
         self.saw = Counter()
-        self.refused = 0
+        self.kills = Counter()
 
     def a_call(self):
         rng, now = self.rng, self.clock.monotonic()
@@ -109,20 +109,28 @@ class Life:
         temperature = rng.choice([0, 1])
         return chat_call(str(rng.randrange(4)), context=context, stream=rng.random() < 0.4, temperature=temperature)
 
+    def kill(self, task):
+        self.kills[task] += task.cancel()
+
     async def caller(self, call):
+        task, patience = asyncio.current_task(), asyncio.timeout(self.rng.choice([None, None, None, 0.5, 1, 2]))
         try:
-            reply = await self.engine.call(call)
-            seen, _ = result_of(reply)
-            if reply.chunks is not None:
-                seen = await self.read(reply, seen)
-                del reply
+            async with patience:
+                reply = await self.engine.call(call)
+                seen, _ = result_of(reply)
+                if reply.chunks is not None:
+                    seen = await self.read(reply, seen)
+                    del reply
         except asyncio.CancelledError:
             seen = "cancelled"
+        except TimeoutError as error:
+            seen = "cancelled" if patience.expired() and not isinstance(error, LLMMWError) else "failed"
         except Closed:
             seen = "closed"  # refused at the door, or cancelled by the close
         except (LLMMWError, ValueError, OSError):
             seen = "failed"
         self.saw[seen] += 1
+        assert task.cancelling() == self.kills[task]  # async-4: no cancellation lost, none left over
 
     async def read(self, reply, seen):
         """To the end, or not."""
@@ -151,7 +159,7 @@ class Life:
         for number in range(40):
             tasks.append(asyncio.create_task(self.caller(self.a_call())))
             if rng.random() < 0.3:
-                loop.call_later(rng.choice([0, 0, 0.05, 1, 2, 3.5]), tasks[-1].cancel)
+                loop.call_later(rng.choice([0, 0, 0.05, 0.5, 1, 2, 3.5]), self.kill, tasks[-1])
             if rng.random() < 0.4:
                 await asyncio.sleep(rng.choice([0, 0.1, 1]))
             if number == closes_at:
@@ -186,7 +194,7 @@ class Life:
             assert begun - saw["closed"] <= stats["request_count"] <= begun
 
 
-def test_order_every_call_is_counted_once_as_what_its_caller_saw():
+def test_async_04_every_call_is_counted_once_as_what_its_caller_saw_and_no_cancellation_is_lost():
     total = Counter()
     for seed in range(120):
         clock = ManualClock()
