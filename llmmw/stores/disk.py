@@ -48,6 +48,8 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 _stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+_ending: list[IOThread] = []
+"""Threads whose end nobody waits for before the process ends."""
 _inherited: list[object] = []
 """Database handles of the parent process: closing them here would touch its locks and its log."""
 
@@ -259,7 +261,8 @@ class DiskStore:
                     await ended.wait()
                     thread.join()
         except asyncio.CancelledError:
-            thread.join()  # nobody else would wait for it
+            if not thread.join(READ_BUDGET_S):  # a stuck disk must not hold up the loop as well
+                _ending[:] = [one for one in (*_ending, thread) if not one.join(0)]
             raise
         self._count_losses()
 
@@ -295,6 +298,8 @@ def _each(*acts: Callable[[], None]) -> None:
 def _flush_all() -> None:
     for store in list(_stores):
         store.flush()
+    for thread in _ending:
+        thread.join()
 
 
 atexit.register(_flush_all)

@@ -80,9 +80,10 @@ class IOThread:
             self._at_end.append(then)
         self._jobs.put((None, None, None))
 
-    def join(self) -> None:
-        """Wait for the end, at most about as long as the flush may take."""
-        self._thread.join(2 * FLUSH_S)
+    def join(self, timeout_s: float = 2 * FLUSH_S) -> bool:
+        """Wait for the end, at most about as long as the flush may take; whether it came."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def hold(self) -> Hold | None:
         """Close what is open and stand still until released; None where the thread has ended."""

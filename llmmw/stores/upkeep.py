@@ -163,6 +163,7 @@ def _delete(database: sqlite3.Connection, which: str, *values: float) -> int:
         gone += count
         if count < _BATCH:
             break
+    database.execute("PRAGMA busy_timeout = 0")  # a checkpoint that waits for readers keeps writers waiting meanwhile
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return gone
 

@@ -286,6 +286,25 @@ async def test_many_reads_at_once_each_get_their_own(place):
     await rig.store.aclose()
 
 
+async def test_a_close_cancelled_while_the_disk_is_stuck_holds_the_loop_up_no_longer_than_a_read(place, monkeypatch):
+    ended = []
+    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 0.01)
+    monkeypatch.setattr(disk_module, "_ending", ended)
+    rig = Rig(place)
+    free = threading.Event()
+    rig.store._io().read(free.wait)
+    rig.store.put(KEY, entry(), 60)
+    closing = asyncio.create_task(rig.store.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert len(ended) == 1
+    free.set()
+    assert await asyncio.to_thread(ended[0].join, 10)
+    assert (await found_in(place))[0] is not None
+
+
 # ── what others put there ────────────────────────────────────────────────────────────────────────────────────────
 
 
