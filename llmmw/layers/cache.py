@@ -168,12 +168,13 @@ class BoundCache(Bound):
             return await self.inner(call)
         stale = None
         if self._reads and not self._filler.is_shut(call.namespace):
-            tier, resident = "memory", self._store.peek(draw.key)
-            if resident is None and self._store.backing is not None:
-                tier, resident = "disk", await self._store.fetch(draw.key)
+            tier, resident = await self._find(draw)
             if resident is not None:
-                reply = self._hit(call, draw, resident, tier)
+                state = self._filler.state_of(resident)
+                reply = self._hit(call, resident, tier, is_stale=state == "stale") if state != "expired" else None
                 if reply is not None:
+                    if state != "fresh":
+                        self._filler.refresh(call, draw)
                     return reply
                 stale = resident
             self.env.emit(CacheMiss())
@@ -187,8 +188,8 @@ class BoundCache(Bound):
         if draw is None:
             return None
         resident = self._store.peek(draw.key)
-        if resident is not None and not self._filler.wants_refresh(resident):
-            reply = self._hit(call, draw, resident, "memory")
+        if resident is not None and self._filler.state_of(resident) == "fresh":  # a refresh is the home loop's
+            reply = self._hit(call, resident, "memory")
             if reply is not None:
                 return reply
         self._sharing.give_back(draw)
@@ -199,14 +200,10 @@ class BoundCache(Bound):
         draw = self._draw(call, told=False) if self._reads and not self._filler.is_shut(call.namespace) else None
         if draw is None:
             return None
-        tier, resident = "memory", self._store.peek(draw.key)
-        if resident is None and self._store.backing is not None:
-            tier, resident = "disk", await self._store.fetch(draw.key)
+        tier, resident = await self._find(draw)
         if resident is not None and self._filler.state_of(resident) in {"fresh", "due"}:
-            reply = play(resident.entry, call)
+            reply = self._hit(call, resident, tier)
             if reply is not None:
-                header = resident.entry.header
-                self.env.emit(CacheHit(tier, header.usage, header.cost_s, agent=call.context.agent))
                 return reply
         self._sharing.give_back(draw)
         return None
@@ -235,11 +232,19 @@ class BoundCache(Bound):
             self.env.emit(CacheSkipped(reason))
         return None
 
-    def _hit(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
-        """The answer from an entry, or None where it is too old or has not the form that is asked for."""
-        state = self._filler.state_of(resident)
-        if state == "expired":
-            return None
+    async def _find(self, draw: Draw) -> tuple[str, Resident | None]:
+        """What is stored, and where it was found."""
+        resident = self._store.peek(draw.key)
+        if resident is not None or self._store.backing is None:
+            return "memory", resident
+        try:
+            return "disk", await self._store.fetch(draw.key)
+        except BaseException:  # the caller has gone
+            self._sharing.give_back(draw)
+            raise
+
+    def _hit(self, call: Call, resident: Resident, tier: str, *, is_stale: bool = False) -> Reply | None:
+        """The answer from an entry, or None where it has not the form that is asked for."""
         entry = resident.entry
         reply = None if call.stream else resident.reply
         if reply is None:
@@ -248,9 +253,6 @@ class BoundCache(Bound):
                 return None
             if reply.data is entry.data:
                 resident.reply = reply  # frozen, so every hit can be given the same object
-        if state != "fresh":
-            self._filler.refresh(call, draw)
-        is_stale = state == "stale"
         if is_stale:
             reply = reply.replace(stale=True)
         header = entry.header

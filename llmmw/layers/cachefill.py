@@ -75,10 +75,6 @@ class Filler:
             return "due" if self._is_due(resident, now) else "fresh"
         return "stale" if now < resident.expires + self._revalidate_s else "expired"
 
-    def wants_refresh(self, resident: Resident) -> bool:
-        """Whether a hit on this entry should start a refresh (or it is no hit at all)."""
-        return self.state_of(resident) != "fresh"
-
     def _is_due(self, resident: Resident, now: float) -> bool:
         # XFetch (Vattani, Chierichetti, Lowenstein, VLDB 2015), beta = 1: the costlier, the earlier.
         if not self.settings.early_refresh:

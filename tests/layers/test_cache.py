@@ -18,6 +18,7 @@ from llmmw.errors import ConfigError, ConnectionFailed
 from llmmw.layers.cache import TTLCache
 from llmmw.order import Role
 from llmmw.stores.base import Match
+from llmmw.stores.memory import MemoryStore
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply, sse
 
@@ -895,3 +896,41 @@ async def test_no_refusal_is_served_stale(clock):
     rig.upstream._script = [error_reply(503)]
     assert (await rig()).status == 503
     assert (await rig()).ok
+
+
+@manual_time
+async def test_cache_20_a_reader_on_another_thread_never_starts_a_refresh(clock):
+    rig = hot_rig(clock)
+    call = chat_call()
+    await rig.cache(call)
+    clock.advance(99)
+    dice = iter([0.0] + [0.9] * 99)
+    rig.env.rng.random = lambda: next(dice)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(rig.cache.peek(call)))
+    reader.start()
+    reader.join()
+    assert [reply.source for reply in found] == ["cache"]
+    assert not rig.cache._filler._refreshes
+
+
+@manual_time
+async def test_a_call_cancelled_while_the_disk_is_read_gives_its_draw_back(clock):
+    rig = Rig(sampling="lanes")
+    alice = Context(agent="a")
+    first = await rig(context=alice)
+    rig.cache._sharing._lanes.forget()
+
+    class Slow:
+        max_item_bytes = 0
+
+        async def get(self, key):
+            await asyncio.sleep(9)
+
+    store, rig.cache._store.backing = rig.cache._store, Slow()
+    memory, store.memory = store.memory, MemoryStore(1000, 1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await rig(context=alice)
+    store.memory, store.backing = memory, None
+    assert (await rig(context=alice)).text == first.text
