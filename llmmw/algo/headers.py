@@ -158,8 +158,8 @@ def _count(text: str) -> float | None:
     return None if value is None or value < 0 or value > 1e15 else value  # noqa: PLR2004 — beyond any provider
 
 
-def _date(text: str) -> float | None:
-    """Seconds since 1970 of an RFC 3339 or HTTP date."""
+def moment(text: str) -> float | None:
+    """Seconds since 1970 of an RFC 3339 or HTTP date; None for anything else."""
     text = text.strip()
     if not text or len(text) > _MAX_TEXT:
         return None
@@ -172,14 +172,14 @@ def _date(text: str) -> float | None:
 
 def _server_time(date: str | None, wall: float) -> float:
     """The server's own clock where it told it: then skew between the two machines does no harm."""
-    found = _date(date) if date else None
+    found = moment(date) if date else None
     return wall if found is None else found
 
 
 def _wait(text: str, now: float) -> float | None:
     found = duration(text)
     if found is None:
-        date = _date(text)
+        date = moment(text)
         found = None if date is None else date - now
     return found
 

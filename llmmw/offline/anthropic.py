@@ -7,11 +7,11 @@ once it has ended its custom ids (our keys, which no one else has) prove whether
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from llmmw.algo.headers import moment
 from llmmw.answer import items, mapping
 from llmmw.errors import ConfigError, ProtocolError
 from llmmw.offline.dialect import Ending, Standing, name_of, never_run, reply_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PATH = "/v1/messages/batches"
 _PAGE, _MAX_PAGES = 100, 1000
 _BEFORE_S, _AFTER_S = 300.0, 900.0
-"""Around the moment of a submission; clocks differ, and a large body takes its time."""
+"""Around the moment of a submission, the difference of the clocks allowed for: a large body takes its time."""
 _STATUS = {
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
     "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429, "api_error": 500, "timeout_error": 504,
@@ -77,9 +77,13 @@ class Anthropic:
             batches = [mapping(batch) for batch in items(page.get("data"))]
             for batch in batches:
                 name = name_of(batch.get("id"), api.name)
-                if name not in taken and _may_be(batch, manifest) and await self._is_ours(api, batch, manifest):
+                if (
+                    name not in taken
+                    and _may_be(batch, manifest, api.ahead_s)
+                    and await self._is_ours(api, batch, manifest)
+                ):
                     return name
-            too_old = bool(batches) and _made(batches[-1]) < manifest.sent - _BEFORE_S
+            too_old = bool(batches) and _made(batches[-1]) - api.ahead_s < manifest.sent - _BEFORE_S
             if not batches or not page.get("has_more") or too_old:
                 break
             after = f"&after_id={name_of(batches[-1].get('id'), api.name)}"
@@ -132,16 +136,14 @@ def _standing(batch: dict[str, Any], name: str = "") -> Standing:
     return Standing(name or name_of(batch.get("id")), ended, sum(finished))
 
 
-def _may_be(batch: dict[str, Any], manifest: Manifest) -> bool:
+def _may_be(batch: dict[str, Any], manifest: Manifest, ahead_s: float) -> bool:
     counts = mapping(batch.get("request_counts")).values()
     size = sum(count for count in counts if isinstance(count, int))
-    made = _made(batch)
+    made = _made(batch) - ahead_s
     return size == len(manifest.ids) and manifest.sent - _BEFORE_S <= made <= manifest.sent + _AFTER_S
 
 
 def _made(batch: dict[str, Any]) -> float:
     """Wall-clock seconds of a batch's making; infinite where it does not say."""
-    try:
-        return dt.datetime.fromisoformat(str(batch.get("created_at"))).timestamp()
-    except ValueError:
-        return float("inf")
+    found = moment(str(batch.get("created_at") or ""))
+    return float("inf") if found is None else found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from llmmw.algo.headers import moment
 from llmmw.answer import mapping
 from llmmw.call import Call, Reply
 from llmmw.errors import LLMMWError, ProtocolError
@@ -70,6 +71,8 @@ class Api:
         self._server = server
         self._tries = tries
         self.env = caller.env
+        self.ahead_s = 0.0
+        """How far the server's clock is ahead of ours, by the date of its last answer."""
 
     @property
     def name(self) -> str:
@@ -138,6 +141,9 @@ class Api:
     async def _send(self, method: str, path: str, body: bytes, kind: str) -> Reply:
         request = self._server.request(method, path, body, {"content-type": kind})
         reply = await self._caller.call(Call(path.partition("?")[0], "", {}, native=request, direct=True))
+        date = moment(reply.header("date") or "")
+        if date is not None:
+            self.ahead_s = date - self.env.clock.wall()
         if not reply.ok:
             raise error_of(reply)
         return reply
