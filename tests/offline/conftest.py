@@ -78,7 +78,7 @@ class World:
         found = faults[name].pop(0) if faults.get(name) else None
         if isinstance(found, BaseException):
             raise found
-        return found
+        return found(name) if callable(found) else found
 
     @property
     def batches(self):
