@@ -20,13 +20,16 @@ Every error pickles, lists the `attempts` that led to it, and holds no header, b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llmmw.answer import Usage
     from llmmw.call import Attempt
+
+
+E = TypeVar("E", bound=BaseException)
 
 
 class LLMMWError(Exception):
@@ -239,3 +242,14 @@ class AllEndpointsFailed(LLMMWError, ExceptionGroup[Exception]):
     def derive(self, excs: Sequence[Exception], /) -> AllEndpointsFailed:  # type: ignore[override]  # narrower on purpose
         """A group of the same kind, as `split` and `subgroup` need."""
         return AllEndpointsFailed(self.message, excs, attempts=self.attempts)
+
+
+def bare(error: E) -> E:
+    """The same error without the frames it came through and without what other libraries raised before it.
+
+    Those hold the request with its headers, the body and the connection, for as long as somebody keeps the error.
+    """
+    cause = error.__cause__
+    error.__cause__ = bare(cause) if isinstance(cause, LLMMWError) and cause is not error else None
+    error.__context__ = None
+    return error.with_traceback(None)

@@ -8,14 +8,17 @@ import msgspec
 
 from llmmw.answer import Usage, mapping
 from llmmw.call import Call, Reply
-from llmmw.errors import ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError
+from llmmw.errors import ProtocolError, StatusError, StreamInterrupted, TruncatedStream, UpstreamError, bare
 from llmmw.fault import Fault, FaultKind, error_of, fault_of_event
 from llmmw.stream import Replay
 from llmmw.wire.assemble import cut
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmmw.pool.body import Body
     from llmmw.wire import Headers
+    from llmmw.wire.secrets import Secrets
     from llmmw.wire.sse import StreamWatch
 
 _ERROR, _NO_STATUS = 400, 600
@@ -44,11 +47,11 @@ class AnswerStream:
     and before the first token whatever broke the connection.
     """
 
-    def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secret: str) -> None:
+    def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secrets: Callable[[], Secrets]) -> None:
         self._body = body
         self._watch = watch
         self._endpoint = endpoint
-        self._secret = secret
+        self._secrets = secrets
 
     @property
     def usage(self) -> Usage:
@@ -77,13 +80,13 @@ class AnswerStream:
             await self._body.aclose()
             error.endpoint = error.endpoint or self._endpoint
             if not delivered:
-                raise
+                raise bare(error)  # noqa: B904 — it is the same error, without the frames that hold the connection
             raise StreamInterrupted(
                 f"the stream broke after output had arrived: {error.message}",
                 endpoint=self._endpoint,
                 partial=watch.text,
                 usage=watch.usage,
-            ) from error
+            ) from bare(error)
         return chunk
 
     async def aclose(self) -> None:
@@ -91,6 +94,7 @@ class AnswerStream:
         await self._body.aclose()
 
     def _told(self, event: dict[str, Any]) -> StatusError:
+        event = msgspec.json.decode(self._secrets().hide_bytes(msgspec.json.encode(event)))
         code = mapping(event["error"]).get("code")
         if isinstance(code, int) and _ERROR <= code < _NO_STATUS:
             error = error_of(Reply(data=msgspec.json.encode(event), status=code, endpoint=self._endpoint))
@@ -98,8 +102,6 @@ class AnswerStream:
         else:
             fault = fault_of_event(event, wall=0.0) or Fault(FaultKind.SERVER)
             message, status, label, kind = fault.message, fault.status or 500, fault.code, fault.kind.value
-        if self._secret:
-            message = message.replace(self._secret, "***")
         return StatusError(
             f"{self._endpoint} broke off the stream: {message}",
             endpoint=self._endpoint,

@@ -14,12 +14,13 @@ from llmmw.call import Call, Reply
 from llmmw.endpoints.answers import AnswerStream, as_stream
 from llmmw.endpoints.base import counted
 from llmmw.env import Env
-from llmmw.errors import ConfigError, ProtocolError, UpstreamError
+from llmmw.errors import ConfigError, ProtocolError, UpstreamError, bare
 from llmmw.keys.identity import Asker, asker_of
 from llmmw.pool import ConnectionPool
 from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
 from llmmw.settings import accepting, instance, switch, text
-from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_answer, url_of, without_query
+from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_any_answer, url_of, without_query
+from llmmw.wire.secrets import secrets_of
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
     from llmmw.pool import BoundPool, Response
     from llmmw.wire import Headers
+    from llmmw.wire.secrets import Secrets
 
 MAX_ERROR_BYTES = 64 * 1024
 """A refusal is read up to here; what is longer is no message."""
-_REDIRECT, _ERROR, _NO_STATUS = 300, 400, 600
+_REDIRECT, _ERROR = 300, 400
+_REMEMBERED = 256
 POOL_EXAMPLE = "ConnectionPool(max_connections=100)"
 
 
@@ -76,6 +79,7 @@ class HTTPEndpoint:
         self._pool: BoundPool | None = None
         self._env: Env = Env()
         self._urls: dict[str, str] = {}
+        self._secrets: dict[int, tuple[Headers, str, Secrets]] = {}
 
     @property
     def name(self) -> str:
@@ -108,7 +112,11 @@ class HTTPEndpoint:
         Raises:
             UpstreamError: no answer could be obtained, or what came is none.
         """
-        return await counted(self._env, self._name, call, self._attempt)
+        try:
+            return await counted(self._env, self._name, call, self._attempt)
+        except UpstreamError as error:
+            # Raised anew from here: the frames below hold the request with its key, and what there was of the answer.
+            raise bare(error)  # noqa: B904 — it is the same error
 
     async def _attempt(self, call: Call) -> Reply:
         request = self._request_for(call)
@@ -121,12 +129,22 @@ class HTTPEndpoint:
                     await response.body.aclose()
                     raise ProtocolError(f"{self._name} answered with a stream where none was asked for")
                 watch = StreamWatch(call.op, max_line_bytes=self._settings.max_line_bytes)
-                chunks = AnswerStream(response.body, watch, self._name, self._secret)
+                chunks = AnswerStream(response.body, watch, self._name, lambda: self._secrets_of(request))
                 return Reply(chunks=chunks, status=response.status, headers=response.headers)
-            return await self._whole(call, response)
+            return await self._whole(call, response, request)
         except UpstreamError as error:
             error.endpoint = error.endpoint or self._name
+            error.args = (self._secrets_of(request).hide(error.message),)
             raise
+
+    def _secrets_of(self, request: HTTPRequest) -> Secrets:
+        known = self._secrets.get(id(request.headers))
+        if known is None or known[0] is not request.headers or known[1] != request.url:
+            if len(self._secrets) >= _REMEMBERED:
+                self._secrets.clear()
+            known = request.headers, request.url, secrets_of(request, self._secret)
+            self._secrets[id(request.headers)] = known
+        return known[2]
 
     def _open(self) -> BoundPool:
         pool = self._pool
@@ -174,11 +192,13 @@ class HTTPEndpoint:
         except (ValueError, KeyError):
             return False
 
-    async def _whole(self, call: Call, response: Response) -> Reply:
+    async def _whole(self, call: Call, response: Response, request: HTTPRequest) -> Reply:
         status, headers = response.status, response.headers
         if status >= _ERROR:
-            data = await response.body.read(MAX_ERROR_BYTES)
-            return Reply(data=data, status=status, headers=headers, endpoint=self._name)
+            # Hidden here, because what a refusal says ends up in messages, attempts and logs.
+            hidden = self._secrets_of(request)
+            data = hidden.hide_bytes(await response.body.read(MAX_ERROR_BYTES))
+            return Reply(data=data, status=status, headers=hidden.hide_headers(headers), endpoint=self._name)
         if status >= _REDIRECT and not isinstance(call.native, HTTPRequest):
             await response.body.aclose()
             where = without_query(response.header("location")) or "nowhere"
@@ -186,7 +206,9 @@ class HTTPEndpoint:
         data = await response.body.read()
         usage = NO_USAGE
         if call.op in PATHS and status < _REDIRECT:
-            found = read_answer(call.op, data, endpoint=self._name, content_type=response.header("content-type"))
+            found = await read_any_answer(
+                call.op, data, endpoint=self._name, content_type=response.header("content-type")
+            )
             usage = usage_of(found)
             if call.stream:
                 return as_stream(call, data, usage, headers, self._name)

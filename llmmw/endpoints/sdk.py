@@ -21,13 +21,15 @@ from llmmw.endpoints.orphans import forget_orphans
 from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, UpstreamTimeout
 from llmmw.pool.guard import is_loopback
-from llmmw.wire import HOP_BY_HOP, read_answer
+from llmmw.wire import HOP_BY_HOP, HTTPRequest, read_any_answer
+from llmmw.wire.secrets import NO_SECRETS, secrets_of
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from llmmw.call import Call
+    from llmmw.wire.secrets import Secrets
 
 _THREADS = 512
 """Upper bound on worker threads for a sync SDK; the stack's `concurrency` is the limit that is meant to bind."""
@@ -96,14 +98,16 @@ class SDKEndpoint:
         headers = _headers(response)
         if call.stream:
             body = _AsyncPieces(response) if invocation.is_async else _ThreadPieces(response, self._in_thread)
-            stream = AnswerStream(cast("Any", body), StreamWatch(call.op), call.target, "")
+            stream = AnswerStream(cast("Any", body), StreamWatch(call.op), call.target, lambda: _secrets(response))
             return Reply(chunks=stream, status=response.status_code, headers=headers)
         data: bytes = response.content
         if invocation.reparse:
             parsed = raw.parse()
             parsed = await parsed if inspect.isawaitable(parsed) else parsed
             data = parsed.model_dump_json(by_alias=True, exclude_unset=True).encode()
-        found = read_answer(call.op, data, endpoint=call.target, content_type=response.headers.get("content-type", ""))
+        found = await read_any_answer(
+            call.op, data, endpoint=call.target, content_type=response.headers.get("content-type", "")
+        )
         return Reply(data=data, usage=usage_of(found), status=response.status_code, headers=headers)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
@@ -149,7 +153,18 @@ def _refusal(error: Exception) -> Reply | None:
         data: bytes = response.content
     except Exception:  # noqa: BLE001 — a body that an event hook has closed unread
         data = b""
-    return Reply(data=data[:_MAX_ERROR_BYTES], status=status, headers=_headers(response), native=error)
+    hidden = _secrets(response)
+    told = hidden.hide_bytes(data[:_MAX_ERROR_BYTES])
+    return Reply(data=told, status=status, headers=hidden.hide_headers(_headers(response)), native=error)
+
+
+def _secrets(response: Any) -> Secrets:
+    """What the SDK's own request held; nothing where it does not tell its request."""
+    try:
+        request = response.request
+        return secrets_of(HTTPRequest(request.method, str(request.url), tuple(request.headers.multi_items())))
+    except (AttributeError, RuntimeError):  # httpx: "The request instance has not been set"
+        return NO_SECRETS
 
 
 def _broken(error: Exception) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import types
 import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmmw.errors import ProtocolError, ResponseTooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from llmmw.pool.engine import RawResponse
     from llmmw.pool.fleet import Fleet, Generation
@@ -20,7 +22,15 @@ MAX_RATIO = 200
 RATIO_FLOOR = 1024 * 1024
 """Small bodies are not judged by ratio; a few repeated kilobytes are harmless."""
 _STEP = 256 * 1024
+_IN_A_ROW = 64
+"""Pieces that may be taken without a turn for others: a burst of tiny chunks is at hand without any waiting."""
 ACCEPT_ENCODING = "gzip, deflate"
+
+
+@types.coroutine
+def _others() -> Generator[None]:
+    """Let the event loop serve others, as `asyncio.sleep(0)` does."""
+    yield
 
 
 class Inflater:
@@ -46,6 +56,8 @@ class Inflater:
             bare = self._deflate and data[:1] and (data[0] & 0x0F) != 8  # noqa: PLR2004 — zlib's method number
             self._z = zlib.decompressobj(-zlib.MAX_WBITS if bare else self._wbits)
         self._taken += len(data)
+        if self._taken > self._max_bytes:  # also of what comes after the end of the compressed data
+            raise ResponseTooLarge(f"the body is larger than {self._max_bytes} bytes")
         pieces: list[bytes] = []
         try:
             while data and not self._z.eof:
@@ -57,6 +69,15 @@ class Inflater:
         except zlib.error:
             raise ProtocolError("the body is not in the encoding that its header says") from None
         return b"".join(pieces)
+
+    def end(self) -> None:
+        """The body is over.
+
+        Raises:
+            ProtocolError: within the compressed data.
+        """
+        if self._z is not None and not self._z.eof:
+            raise ProtocolError("the compressed body is cut off")
 
     def _check(self) -> None:
         if self._given > self._max_bytes:
@@ -72,7 +93,7 @@ class Body:
     However it ends, the connection goes back (or is closed), and the slot once.
     """
 
-    __slots__ = ("_fleet", "_generation", "_inflater", "_left", "_lost", "_patience", "_raw", "_was_cut")
+    __slots__ = ("_fleet", "_generation", "_in_a_row", "_inflater", "_left", "_lost", "_patience", "_raw", "_was_cut")
 
     def __init__(
         self,
@@ -92,6 +113,7 @@ class Body:
         self._patience = patience
         self._inflater = inflater
         self._left = max_bytes
+        self._in_a_row = 0
         self._was_cut = False
 
     def __aiter__(self) -> Body:
@@ -105,15 +127,22 @@ class Body:
 
     async def read(self, limit: int | None = None) -> bytes:
         """All of the body; with a limit at most that many bytes of it, and the rest is not fetched."""
-        pieces: list[bytes] = []
-        size = 0
-        while piece := await self._next():
-            pieces.append(piece)
-            size += len(piece)
-            if limit is not None and size > limit:
-                await self.aclose()
+        first = await self._next()
+        whole: io.BytesIO | None = None
+        size = len(first)
+        while limit is None or size <= limit:
+            piece = await self._next()
+            if not piece:
                 break
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if whole is None:
+                # One buffer: as a list of its pieces a body sent byte by byte would take forty times its size.
+                whole = io.BytesIO()
+                whole.write(first)
+            whole.write(piece)
+            size += len(piece)
+        else:
+            await self.aclose()
+        data = first if whole is None else whole.getvalue()
         return data if limit is None else data[:limit]
 
     @property
@@ -133,27 +162,33 @@ class Body:
     async def _next(self) -> bytes:
         if self._fleet is None:
             return b""
-        raw = self._raw
+        raw, lost, patience, inflater = self._raw, self._lost, self._patience, self._inflater
         try:
             while not raw.ended:
-                piece = await (raw.next() if self._patience is None else self._patience.piece(raw.next()))
+                self._in_a_row += 1
+                if self._in_a_row >= _IN_A_ROW:
+                    self._in_a_row = 0
+                    await _others()
+                piece = await (raw.next() if patience is None else patience.piece(raw.next()))
                 if not piece:
                     break
-                piece = self._admit(piece)
+                piece = self._admit(piece, inflater)
                 if piece:
                     return piece
+            if inflater is not None and not self._was_cut:
+                inflater.end()
         except BaseException as error:
             await self.aclose()
-            mapped = self._lost(error)
+            mapped = lost(error)
             if mapped is error:
                 raise
-            raise mapped from error
+            raise mapped from None
         self._end()
         return b""
 
-    def _admit(self, piece: bytes) -> bytes:
-        if self._inflater is not None:
-            piece = self._inflater.feed(piece)
+    def _admit(self, piece: bytes, inflater: Inflater | None) -> bytes:
+        if inflater is not None:
+            piece = inflater.feed(piece)
         self._left -= len(piece)
         if self._left < 0:
             raise ResponseTooLarge("the body is larger than max_response_bytes")
@@ -162,7 +197,10 @@ class Body:
     def _end(self) -> None:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
-            fleet.finish(self._generation)
+            generation = self._generation
+            # An error may keep this body for hours: not the connection with it.
+            del self._raw, self._generation, self._lost, self._patience, self._inflater
+            fleet.finish(generation)
 
     def __del__(self) -> None:
         # A reader that simply went away: the slot must come back, or the pool would lose it for ever.

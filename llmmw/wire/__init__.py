@@ -1,6 +1,7 @@
 """What LLM servers speak.
 
-`http.py` has requests, paths and strict JSON, `sse.py` streams, `assemble.py` turns one into the other.
+`http.py` has requests and paths, `strict.py` JSON, `sse.py` streams, `assemble.py` turns one into the other;
+`secrets.py` knows what must not be told.
 Shared by the endpoints (which send) and the edges (which are asked), so it knows neither.
 """
 
@@ -11,12 +12,13 @@ from llmmw.wire.http import (
     PATHS,
     Headers,
     HTTPRequest,
-    decode_json,
     op_of,
     read_answer,
+    read_any_answer,
     url_of,
     without_query,
 )
+from llmmw.wire.strict import decode_json
 
 __all__ = [
     "HOP_BY_HOP",
@@ -26,6 +28,7 @@ __all__ = [
     "decode_json",
     "op_of",
     "read_answer",
+    "read_any_answer",
     "url_of",
     "without_query",
 ]

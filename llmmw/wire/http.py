@@ -1,12 +1,12 @@
-"""HTTP and JSON as LLM servers speak them: a request as a value, op <-> path, strict JSON. `sse.py` reads streams.
+"""HTTP as LLM servers speak it: a request as a value, op <-> path, answers.
 
 Shared by the endpoints (which send) and the edges (which are asked), so it knows neither.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import asyncio
+import functools
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -14,12 +14,9 @@ import msgspec
 
 from llmmw.answer import problem_with
 from llmmw.errors import ProtocolError
+from llmmw.wire.strict import MAX_WHOLE, open_json
 
 Headers = tuple[tuple[str, str], ...]
-
-MAX_JSON_DEPTH = 200
-MAX_DIGITS = 4300
-"""Python's own limit for int(text); a longer number is an attack on whoever converts it."""
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -84,62 +81,14 @@ def url_of(base_url: str, op: str) -> str:
     return f"{base}{path}{mark}{query}"
 
 
-# JSON
-
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NOT_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
-
-
-def _depth(data: bytes) -> int:
-    deepest = level = 0
-    for byte in _STRING.sub(b"", data).translate(None, _NOT_BRACKET):
-        level += 1 if byte in b"[{" else -1
-        deepest = max(deepest, level)
-    return deepest
-
-
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return found
-
-
-def _refuse_duplicate_keys(data: bytes, value: object) -> None:
-    # Parsers disagree about which twin counts, so what we judge could differ from what the caller reads. The exact
-    # check costs 20 times the decoding. But a twin is lost when the value is written again, and its colon with it;
-    # every other colon comes back, unless one was written as \u003a.
-    if data.count(b":") != msgspec.json.encode(value).count(b":") or b"\\u003" in data:
-        json.loads(data, object_pairs_hook=_refuse_twins)
-
-
-def decode_json(data: bytes) -> Any:
-    """Decode JSON from a stranger.
-
-    Raises:
-        ValueError: not JSON, nested deeper than 200, a key twice in one object, a number of more than 4300 digits.
-    """
-    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH and _depth(data) > MAX_JSON_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
-    if len(data) > MAX_DIGITS and _LONG_NUMBER.search(_STRING.sub(b"", data)):
-        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
-    try:
-        value = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    _refuse_duplicate_keys(data, value)
-    return value
-
-
 def read_answer(op: str, data: bytes, *, endpoint: str = "", content_type: str = "") -> Any:
-    """The decoded body of a success response to a known operation.
+    """The decoded body of a success response to a known operation; of a large one its shape (see `open_json`).
 
     Raises:
         ProtocolError: the body is no answer (HTML, cut-off JSON, an error object, no choices).
     """
     try:
-        value = decode_json(data)
+        value = open_json(data)
     except (ValueError, RecursionError) as error:
         if data.lstrip()[:1] == b"<":
             _no_answer(f"an HTML or XML page instead of JSON ({content_type or 'no content type'})", endpoint)
@@ -148,6 +97,12 @@ def read_answer(op: str, data: bytes, *, endpoint: str = "", content_type: str =
     if problem is not None:
         _no_answer(problem, endpoint)
     return value
+
+
+async def read_any_answer(op: str, data: bytes, *, endpoint: str = "", content_type: str = "") -> Any:
+    """The same without holding up the event loop: a large body is read on another thread."""
+    read = functools.partial(read_answer, op, data, endpoint=endpoint, content_type=content_type)
+    return read() if len(data) <= MAX_WHOLE else await asyncio.get_running_loop().run_in_executor(None, read)
 
 
 def _no_answer(why: str, endpoint: str) -> NoReturn:
