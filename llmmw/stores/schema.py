@@ -29,8 +29,15 @@ SETTINGS: dict[str, Any] = {
     "disk_pickle_protocol": 0,
 }
 _OWN_SETTINGS = frozenset({*SETTINGS, "size_limit", "count", "size", "hits", "misses"})
+_COLUMNS = {
+    "settings": {"key", "value"},
+    "cache": {
+        "rowid", "key", "raw", "store_time", "expire_time", "access_time", "access_count", "tag", "size", "mode",
+        "filename", "value",
+    },
+}  # fmt: skip
 _PLAIN_SCHEMA = re.compile(
-    r"CREATE (?:TABLE|(?:UNIQUE )?INDEX) \w+(?: ON Cache)? ?\([\w ,]+\)"
+    r"CREATE (?:TABLE|INDEX) \w+(?: ON Cache)? ?\([\w ,]+\)|CREATE UNIQUE INDEX Cache_key_raw ON Cache ?\(key, raw\)"
     r"|CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
     r' UPDATE Settings SET value = value [+\-.\w ]+ WHERE key = "\w+"; END'
 )
@@ -72,10 +79,14 @@ def inspect(connection: sqlite3.Connection) -> bool:
     for kind, name, sql in schema:
         if sql is not None and not (isinstance(sql, str) and _PLAIN_SCHEMA.fullmatch(sql)):
             raise Corrupt(f"unknown {kind} {name!r} in the schema")
-    names = {name for _, name, _ in schema}
-    if "Settings" in names:
+    names = {str(name).lower() for _, name, _ in schema}  # as SQLite sees them
+    for table, columns in _COLUMNS.items():
+        found = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        if table in names and found != columns:
+            raise Corrupt(f"unknown columns in {table}")
+    if "settings" in names:
         _inspect_settings(connection)
-    return {"Settings", "Cache"} <= names
+    return names >= set(_COLUMNS)
 
 
 def _inspect_settings(connection: sqlite3.Connection) -> None:

@@ -424,6 +424,8 @@ HOSTILE = {
         ' randomblob(100000000) WHERE key = "size"; END'
     ),
     "more tables than anybody needs": "".join(f"CREATE TABLE t{number} (a);" for number in range(60)),
+    "table of another shape": "DROP TABLE Cache; CREATE TABLE cache (key, value)",
+    "index that no two rows fit": "CREATE UNIQUE INDEX i ON Cache(mode); CREATE UNIQUE INDEX j ON Cache(raw)",
     "index on an expression": "CREATE INDEX i ON Cache(abs(size))",
 }
 
