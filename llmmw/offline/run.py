@@ -7,7 +7,7 @@ for before it is repeated, and one directory has one run at a time.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmmw.algo.batchmates import urgency_of
 from llmmw.call import Outcome
@@ -24,7 +24,7 @@ from llmmw.stream.copies import own_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llmmw.call import Call
+    from llmmw.call import Call, Reply
     from llmmw.engine import Engine
     from llmmw.offline import OfflineBatch
     from llmmw.offline.api import Server
@@ -38,6 +38,7 @@ _ROUNDS = 4
 _GONE = frozenset({404, 410})
 _FIRST_LOOK_S, _SLOWER = 1.0, 1.5
 _AT_ONCE = 500
+_READINGS = 3
 
 
 async def run(
@@ -147,7 +148,7 @@ class Run:
                 continue
             try:
                 standing = await self._dialect.look(self._api, manifest.batch)
-                results = await self._dialect.results(self._api, standing)
+                results = await self._results(standing)
             except StatusError as error:
                 if error.status not in _GONE:
                     raise
@@ -176,6 +177,16 @@ class Run:
             await self._api.pause(pause_s)
             pause_s = min(longest_s, pause_s * _SLOWER)
 
+    async def _results(self, standing: Standing) -> list[tuple[str, Reply | Exception]]:
+        """What an ended batch says. A file that holds less than it should may have been cut on its way."""
+        results = await self._dialect.results(self._api, standing)
+        for _ in range(_READINGS - 1):
+            if len(results) >= standing.finished:
+                break
+            await self._api.pause(_FIRST_LOOK_S)
+            results = await self._dialect.results(self._api, standing)
+        return results
+
     async def _look(self, manifest: Manifest) -> Standing:
         """How its batch stands."""
         try:
@@ -195,7 +206,7 @@ class Run:
         if standing.ended == "failed":
             await self._refused(manifest, standing, wanted)
             return
-        results = await self._dialect.results(self._api, standing)
+        results = await self._results(standing)
         named = {custom_id for custom_id, _ in results}
         if named and named.isdisjoint(manifest.ids):
             manifest.foreign.append(manifest.batch)
@@ -211,14 +222,16 @@ class Run:
         manifest.done = True
         await self._submissions.save(manifest)
 
-    async def _hand_out(self, manifest: Manifest, results: Sequence[tuple[str, Any]], *, failures: bool = True) -> None:
+    async def _hand_out(
+        self, manifest: Manifest, results: Sequence[tuple[str, Reply | Exception]], *, failures: bool = True
+    ) -> None:
         """Results by id: of one that comes twice neither counts, and one that nobody asked for is nobody's."""
         members = set(manifest.ids)
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[Reply | Exception]] = {}
         for custom_id, outcome in results:
             if custom_id in members and custom_id in self._questions.open:
                 found.setdefault(custom_id, []).append(outcome)
-        fresh: list[tuple[Call, Any]] = []
+        fresh: list[tuple[Call, Reply]] = []
         for custom_id, outcomes in found.items():
             outcome = outcomes[0]
             if len(outcomes) > 1:

@@ -13,6 +13,7 @@ from llmmw.offline import OfflineBatch
 from llmmw.offline.run import cancel, run
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import chat_call
+from llmmw.testing.server.batches import Batch
 
 APIS = ("openai", "anthropic")
 CREATE = {"openai": "/v1/batches", "anthropic": "/v1/messages/batches"}
@@ -207,16 +208,17 @@ def test_batch_11_strangers_batch_of_the_same_size_is_not_taken_for_ours(desk, w
     go()
 
 
-def test_batch_11_batch_is_found_beyond_the_first_page(desk, world, tmp_path):
+def test_batch_11_batch_is_found_beyond_the_first_page(desk, world):
     @manual_time
     async def go(clock):
         mine = desk(clock, world())
         mine.world.after["/v1/batches"] = [asyncio.CancelledError()]
         with pytest.raises(asyncio.CancelledError):
             await mine.run("a", temperature=0)
-        others = desk(clock, mine.world, max_requests=1)
-        others.options = OfflineBatch(tmp_path / "others", max_requests=1)
-        await others.run(*map(str, range(120)), temperature=0)
+        book = mine.world.core.offline
+        for _ in range(120):
+            other = Batch(book.new_id("batch_"), "", clock.wall(), [], mine.world.batches[0].asked | {"metadata": {}})
+            book.batches[other.id] = other
         assert all(outcome.ok for outcome in await mine.run("a", temperature=0))
         assert len(mine.world.batches) == 121
         assert mine.world.asked["/v1/batches/list"] == 2
