@@ -1,4 +1,4 @@
-"""What the stream tests share: a server that streams as the test says, and the books that must balance afterwards."""
+"""What these tests share: servers in their own process or streaming as the test says, and books that must balance."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 import llmmw
+from llmmw import Stack
 from llmmw.algo.circuit import Circuit
 from llmmw.layers.allowance import Allowance
 from llmmw.testing.rawserver import RawServer, answer_bytes, chunked
+from llmmw.testing.server import ServerConfig, server_process
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 ERROR = b'data: {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}\n\n'
@@ -172,3 +174,31 @@ def books(monkeypatch):
 @pytest.fixture
 def stream_server():
     return StreamServer
+
+
+@pytest.fixture(scope="module")
+def process():
+    """The embedded server in a process of its own, for all tests of a module."""
+    with server_process(ServerConfig(latency="fixed", latency_s=0.005)) as server:
+        yield server
+
+
+@pytest.fixture
+def server(process):
+    """The same, without what an earlier test left in it."""
+    process.clear_faults()
+    process.reset()
+    return process
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Where a cache directory may be made: nobody else can write there."""
+    tmp_path.chmod(0o700)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def stack(place):
+    """The recommended one, with a cache in memory and on disk."""
+    return Stack.recommended(cache_ttl=300, cache_directory=str(place))

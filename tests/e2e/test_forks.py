@@ -96,12 +96,6 @@ def in_child(work):
     assert told == b"done", told or "the child hung"
 
 
-@pytest.fixture
-def place(tmp_path):
-    tmp_path.chmod(0o700)
-    return tmp_path / "cache"
-
-
 def every_layer(place, sampling):
     return Stack(
         Deadline(60),

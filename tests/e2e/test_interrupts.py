@@ -8,8 +8,6 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 
-import pytest
-
 from llmmw.testing.fake import chat_body
 from llmmw.testing.rawserver import RawServer, answer_bytes
 
@@ -79,12 +77,6 @@ async def running(body, server, place):
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-@pytest.fixture
-def place(tmp_path):
-    tmp_path.chmod(0o700)
-    return tmp_path / "cache"
 
 
 def is_plain_interrupt(err):

@@ -9,8 +9,6 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 
-import pytest
-
 from llmmw.testing.fake import chat_body
 from llmmw.testing.rawserver import RawServer, answer_bytes
 
@@ -44,12 +42,6 @@ class Gate:
         async with asyncio.timeout(50):
             while len(self.server.requests) < count:
                 await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-def place(tmp_path):
-    tmp_path.chmod(0o700)
-    return tmp_path / "cache"
 
 
 @asynccontextmanager

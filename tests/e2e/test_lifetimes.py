@@ -15,24 +15,10 @@ import pytest
 
 import llmmw
 from llmmw import Client, Stack, SyncClient
-from llmmw.testing.server import ServerConfig, server_process
 
 MODEL = "llmmw-embedded"
 THREADS, RUNS = 8, 5
 numbers = count()
-
-
-@pytest.fixture(scope="module")
-def process():
-    with server_process(ServerConfig(latency="fixed", latency_s=0.005)) as server:
-        yield server
-
-
-@pytest.fixture
-def server(process):
-    process.clear_faults()
-    process.reset()
-    return process
 
 
 def holdings(directory) -> dict[str, list[str]]:

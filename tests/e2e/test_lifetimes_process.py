@@ -15,27 +15,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from llmmw import Client, Stack, SyncClient
-from llmmw.testing.server import ServerConfig, server_process
+from llmmw import Client, SyncClient
 
 MODEL = "llmmw-embedded"
-
-
-@pytest.fixture(scope="module")
-def process():
-    with server_process(ServerConfig(latency="fixed", latency_s=0.005)) as server:
-        yield server
-
-
-@pytest.fixture
-def server(process):
-    process.reset()
-    return process
-
-
-@pytest.fixture
-def stack(tmp_path):
-    return Stack.recommended(cache_ttl=300, cache_directory=str(tmp_path / "cache"))
 
 
 def question(text) -> dict:
@@ -71,6 +53,30 @@ def test_async_a_hundred_engines_leave_descriptors_and_threads_as_they_were(serv
         one_life(server, stack, number)
     gc.collect()
     assert held() == before
+    server.wait(at_most={"connections.open": 1})
+
+
+def test_async_one_run_per_step_keeps_what_is_held_as_it_was(server, stack):
+    """As simulations do it; a thousand steps were tried by hand, with the same end."""
+    client = Client(server.base_url, stack=stack)
+
+    async def step(number):
+        texts = [question(f"{number} {n % 3}") for n in range(6)]
+        replies = await asyncio.gather(*(client.chat(**text) for text in texts))
+        async for _ in client.stream(**question(f"stream {number}")):
+            if number % 2:
+                break
+        assert all(reply.ok for reply in replies)
+
+    for number in range(5):
+        asyncio.run(step(number))
+    before = held()
+    for number in range(5, 105):
+        asyncio.run(step(number))
+    assert held() == before
+    stats = client.get_performance_stats()
+    assert (stats["request_count"], stats["in_flight"], stats["coalesced"]) == (105 * 7, 0, 105 * 3)
+    asyncio.run(client.aclose())
     server.wait(at_most={"connections.open": 1})
 
 

@@ -19,27 +19,8 @@ from llmmw import Client, Closed, Stack, SyncClient
 from llmmw.layers.base import Bound
 from llmmw.order import Role
 from llmmw.testing import FakeUpstream, chat_call
-from llmmw.testing.server import ServerConfig, server_process
 
 MODEL = "llmmw-embedded"
-
-
-@pytest.fixture(scope="module")
-def process():
-    with server_process(ServerConfig(latency="fixed", latency_s=0.005)) as server:
-        yield server
-
-
-@pytest.fixture
-def server(process):
-    process.clear_faults()
-    process.reset()
-    return process
-
-
-@pytest.fixture
-def stack(tmp_path):
-    return Stack.recommended(cache_ttl=300, cache_directory=str(tmp_path / "cache"))
 
 
 def question(text) -> dict:
