@@ -2,6 +2,10 @@
 
 Outcomes carry the ticket of their admission. The generation moves on with every opening and closing, so what was
 admitted before says nothing about the endpoint after.
+
+Failures come fast and answers of language models slowly, so of 64 calls of which a fifth fails the first thirteen
+outcomes are failures. "In a row" is therefore meant in the order of admission, and a share is one of all calls, those
+under way included: else an endpoint with 20 % of errors, which retries get over, would be left alone most of the time.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ Result = Literal["ok", "failed", "neutral"]
 """How a call speaks about the endpoint; "neutral" (4xx, 429, cancelled) says nothing and frees the probe."""
 
 _JITTER = 0.1
+_MAX_MARKS = 256
+"""Outcomes remembered one by one: a run is looked for among those of the last moments."""
 _PEEK_AGAIN_S = 1.0
 """While a probe is under way its answer may come any moment: whoever can wait should look again soon."""
 
@@ -39,18 +45,55 @@ class Ticket(msgspec.Struct, frozen=True):
 
     generation: int
     probe: int = 0
+    number: int = 0
+    """Of the admission."""
+
+
+class Streak:
+    """Runs of failures among calls that end in any order."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: dict[int, bool] = {}
+        """Calls, by number, that failed (True) or said nothing (False); others succeeded or are under way."""
+
+    def failed(self, number: int, enough: int) -> int:
+        """The run of failures that this one is part of, counted up to `enough`."""
+        self._mark(number, failed=True)
+        length = 1
+        for step in (-1, 1):
+            at = number + step
+            while length < enough and (mark := self._marks.get(at)) is not None:
+                length += mark
+                at += step
+        return length
+
+    def said_nothing(self, number: int) -> None:
+        """The call does not interrupt a run."""
+        self._mark(number, failed=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._marks.clear()
+
+    def _mark(self, number: int, *, failed: bool) -> None:
+        self._marks[number] = failed
+        if len(self._marks) > _MAX_MARKS:
+            del self._marks[next(iter(self._marks))]
 
 
 class Circuit:
     """One circuit. Every method is given the time; it must not run backwards."""
 
-    __slots__ = ("_consecutive", "_failures_in_row", "_lease_until", "_open_until", "_paced_at", "_probe", "_rules",
-                 "_window", "generation", "state", "well_until")  # fmt: skip
+    __slots__ = ("_admitted", "_failures_in_row", "_in_flight", "_lease_until", "_open_until", "_paced_at", "_probe",
+                 "_rules", "_streak", "_window", "generation", "state", "well_until")  # fmt: skip
 
     def __init__(self, rules: CircuitRules) -> None:
         self._rules = rules
         self._window = OutcomeWindow(rules.window_s)
-        self._consecutive = 0
+        self._streak = Streak()
+        self._admitted = self._in_flight = 0
         self._failures_in_row = 0
         self._open_until = self._paced_at = 0.0
         self._lease_until: float | None = None
@@ -68,7 +111,9 @@ class Circuit:
             alone: nobody else can answer, so probes come at the pace of the first rest, however long this one is.
         """
         if self.state == "closed":
-            return Ticket(self.generation)
+            self._in_flight += 1
+            self._admitted += 1
+            return Ticket(self.generation, 0, self._admitted)
         if self.state == "open":
             if now < (self._paced_at if alone else self._open_until):
                 return None
@@ -109,18 +154,22 @@ class Circuit:
             return
         if self.state == "half_open":
             self._record_probe(ticket, result, now, draw, asked_s)
-        elif result == "ok":
-            self._consecutive = 0
+            return
+        self._in_flight -= self._in_flight > 0
+        if result == "ok":
             self._window.add(now, failed=False)
-        elif result == "failed":
-            self._consecutive += 1
+        elif result == "neutral":
+            self._streak.said_nothing(ticket.number)
+        else:
             self._window.add(now, failed=True)
-            if decisive or self._is_sick():
+            enough = self._rules.consecutive
+            if decisive or self._streak.failed(ticket.number, enough) >= enough or self._fails_often():
                 self._open(now, draw, asked_s)
 
     def release(self) -> None:
         """Calls in flight are lost without outcome (fork, new home loop): free the probe."""
         self._lease_until = None
+        self._in_flight = 0
 
     def _record_probe(self, ticket: Ticket, result: Result, now: float, draw: float, asked_s: float | None) -> None:
         if result == "ok":
@@ -131,11 +180,10 @@ class Circuit:
         elif ticket.probe == self._probe:
             self._lease_until = None
 
-    def _is_sick(self) -> bool:
+    def _fails_often(self) -> bool:
         rules, window = self._rules, self._window
-        if self._consecutive >= rules.consecutive:
-            return True
-        return window.total >= rules.min_calls and window.failed >= rules.failure_share * window.total
+        share = rules.failure_share * (window.total + self._in_flight)
+        return window.total >= rules.min_calls and window.failed >= share
 
     def _open(self, now: float, draw: float, asked_s: float | None) -> None:
         rules, asked = self._rules, asked_s or 0.0
@@ -156,5 +204,6 @@ class Circuit:
         self.state = state
         self.generation += 1
         self._lease_until = None
-        self._consecutive = 0
+        self._in_flight = 0
+        self._streak.clear()
         self._window.clear()

@@ -48,8 +48,8 @@ class CircuitBreaker(Positioned):
     Args:
         window: seconds looked back.
         min_calls: fewer outcomes in the window open nothing.
-        failure_share: share of failures in the window that opens.
-        consecutive: failures in a row that open.
+        failure_share: share of failures among the calls of the window, those under way included, that opens.
+        consecutive: failures in a row, in the order of the calls, that open.
         open_for: first rest; doubles with each failed probe (or as long as the server's Retry-After).
         max_open: longest rest.
         probe_timeout: a probe without outcome for so long no longer keeps others from probing.

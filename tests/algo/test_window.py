@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmw.algo.circuit import Circuit, CircuitRules, Ticket
+from llmmw.algo.circuit import Circuit, CircuitRules, Streak, Ticket
 from llmmw.algo.window import OutcomeWindow
 
 QUICK = settings(max_examples=150, derandomize=True, deadline=None)
@@ -69,6 +69,45 @@ def test_half_of_ten_calls_failing_opens() -> None:
     assert circuit.state == "closed"
     circuit.record(admitted(circuit, 0), "failed", 0)
     assert circuit.state == "open"
+
+
+def test_route_05_fast_failures_among_slow_answers_open_nothing() -> None:
+    circuit = Circuit(RULES)
+    for wave in range(20):
+        calls = [admitted(circuit, wave) for _ in range(64)]
+        failing = calls[wave % 5 :: 5]
+        for ticket in failing:
+            circuit.record(ticket, "failed", wave)
+        for ticket in calls:
+            if ticket not in failing:
+                circuit.record(ticket, "ok", wave + 0.5)
+        assert circuit.state == "closed"
+
+
+def test_calls_that_all_fail_open_whatever_their_order() -> None:
+    for order in ([0, 1, 2, 3, 4], [4, 0, 3, 1, 2], [2, 4, 1, 0, 3]):
+        circuit = Circuit(RULES)
+        calls = [admitted(circuit, 0) for _ in range(64)]
+        for place in order:
+            assert circuit.state == "closed"
+            circuit.record(calls[place + 7], "failed", 1)
+        assert circuit.state == "open"
+
+
+def test_what_says_nothing_interrupts_no_run() -> None:
+    circuit = Circuit(RULES)
+    for result in ("failed", "neutral", "failed", "failed", "neutral", "neutral", "failed", "failed"):
+        assert circuit.state == "closed"
+        circuit.record(admitted(circuit, 0), result, 0)
+    assert circuit.state == "open"
+
+
+def test_endless_outcomes_are_not_all_remembered() -> None:
+    streak = Streak()
+    for number in range(10_000):
+        streak.said_nothing(number)
+    assert len(streak._marks) == 256
+    assert streak.failed(10_000, 5) == 1
 
 
 def test_failures_older_than_the_window_are_forgotten() -> None:

@@ -55,7 +55,8 @@ class CircuitModel(RuleBasedStateMachine):
         ticket = self.circuit.admit(self.now, alone=alone)
         free = all(until <= self.now for probe, until in self.probes.items() if probe == self.latest)
         if before == "closed":
-            assert ticket == Ticket(generation)
+            assert ticket is not None
+            assert (ticket.generation, ticket.probe) == (generation, 0)
         elif before == "open":
             assert (ticket is not None) is (self.now >= (self.paced_at if alone else self.rest_until))
         else:
