@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import weakref
 from typing import TYPE_CHECKING
 
 from llmmw.call import Urgency
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     Landed = Reply | BaseException | None
     """What a waiter is woken with; None tells a follower to make the call itself, for the answer exists only once."""
 
-_inside: contextvars.ContextVar[Flight | None] = contextvars.ContextVar("llmmw_flight", default=None)
+_inside: contextvars.ContextVar[weakref.ref[Flight] | None] = contextvars.ContextVar("llmmw_flight", default=None)
+"""Weakly: a context lives on in connections opened and timers set during a flight, and would keep its answer alive."""
 
 
 class Flight:
     """One shared call: who waits for it, how urgently, and what became of it so far."""
 
     __slots__ = (
+        "__weakref__",
         "call",
         "elections",
         "key",
@@ -94,13 +97,14 @@ class Flight:
     def context(self) -> contextvars.Context:
         """Context variables for the task: the leader's for a user's function, none for an endpoint of ours."""
         context = contextvars.copy_context() if self.call.inherits_context else contextvars.Context()
-        context.run(_inside.set, self)
+        context.run(_inside.set, weakref.ref(self))
         return context
 
 
 def current_flight() -> Flight | None:
-    """The innermost flight that the running code is part of."""
-    return _inside.get()
+    """The innermost flight that the running code is part of; None once all of it is over."""
+    found = _inside.get()
+    return None if found is None else found()
 
 
 def own_outcome(outcome: Reply | BaseException) -> Landed:

@@ -26,6 +26,7 @@ from llmmw.errors import (
 from llmmw.events import CacheStored, Coalesced
 from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
+from llmmw.layers.flight import current_flight
 from llmmw.layers.limit import RateLimiter
 from llmmw.order import Role
 from llmmw.testing.clock import manual_time
@@ -485,6 +486,22 @@ async def test_coalesce_06_an_endpoint_sees_no_caller_s_context_variables(clock)
     await asyncio.gather(caller("A", same()), caller("B", same()))
     await asyncio.gather(*(caller(name, same().replace(inherits_context=True)) for name in "AB"))
     assert seen == ["nobody", "A"]
+
+
+@manual_time
+async def test_contexts_that_outlive_a_flight_keep_nothing_of_it(clock):
+    """A connection opened during a flight, and a timer set there, hold its context for as long as they live."""
+    kept = []
+
+    def answer(call):
+        assert current_flight() is not None
+        kept.append(contextvars.copy_context())
+        return Reply(data=b"{}")
+
+    await bind(clock, FakeUpstream([answer]))(same())
+    await settle()
+    gc.collect()
+    assert kept[0].run(current_flight) is None
 
 
 @manual_time
