@@ -48,8 +48,8 @@ class Coalescer(Positioned):
     when it ends; that costs a second call, and what it would store later is refused.
 
     Args:
-        finish_orphans: finish a call that everybody stopped waiting for, so that the cache has it; else it is
-            cancelled, which frees the server.
+        finish_orphans: finish a call that everybody stopped waiting for, so that the cache has it (`Timeout` ends it,
+            no caller's deadline does); else it is cancelled, which frees the server.
         buffer_bytes: how much of a stream is kept per flight for slow or late readers. A reader that falls further
             behind gets StreamInterrupted; once a stream is longer, newcomers make their own call.
         lease: seconds (or text such as "10s") after which a process that stands still loses its place; at most half
@@ -103,7 +103,7 @@ class BoundCoalescer(Bound):
         if flight is not None and origin is not None and flight.reaches(origin):
             return await self.inner(call)  # waiting here would be waiting for ourselves
         if flight is None or not flight.joinable:
-            flight = self._table[key] = Flight(key, call, self)
+            flight = self._table[key] = Flight(key, call, self, outlives=self._options.finish_orphans)
         else:
             self.env.emit(Coalesced(call.context.agent))
             flight.urgency.join(call.context)

@@ -25,7 +25,14 @@ _inside: contextvars.ContextVar[weakref.ref[Flight] | None] = contextvars.Contex
 
 
 class Flight:
-    """One shared call: who waits for it, how urgently, and what became of it so far."""
+    """One shared call: who waits for it, how urgently, and what became of it so far.
+
+    Args:
+        key: its place in the table.
+        call: the first caller's.
+        owner: the coalescer.
+        outlives: it goes on when nobody waits any more, so nobody's deadline is its own.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -43,12 +50,11 @@ class Flight:
         "waits_on",
     )
 
-    def __init__(self, key: Key, call: Call, owner: object) -> None:
+    def __init__(self, key: Key, call: Call, owner: object, *, outlives: bool = False) -> None:
         self.key = key
         self.owner = owner
-        """The coalescer in whose table it is."""
         self.call = call
-        self.urgency = Urgency(call.context.priority, call.context.deadline)
+        self.urgency = Urgency(call.context.priority, None if outlives else call.context.deadline)
         self.waiters: dict[asyncio.Future[Landed], Call] = {}
         self.leader: asyncio.Future[Landed] | None = None
         """Who gets the answer itself; everybody else gets copies."""

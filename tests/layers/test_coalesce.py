@@ -28,6 +28,7 @@ from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
 from llmmw.layers.flight import current_flight
 from llmmw.layers.limit import RateLimiter
+from llmmw.layers.timeout import Timeout
 from llmmw.order import Role
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
@@ -246,6 +247,21 @@ async def test_orphans_are_finished_and_stored_where_that_is_wanted(clock):
     gone.cancel()
     await asyncio.sleep(10)
     assert len(stored) == 2
+    await assert_empty(coalescer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@manual_time
+async def test_an_orphan_is_finished_although_every_deadline_has_passed(clock, stream):
+    upstream = FakeUpstream([streaming()] if stream else [], latency_s=5)
+    env = Env(clock=clock)
+    coalescer = Coalescer(finish_orphans=True).bind(Timeout(60).bind(upstream, env), env)
+    cache = TTLCache(300).bind(coalescer, env)
+    calls = [same(stream=stream, context=within(clock, seconds)) for seconds in (1, 2)]
+    assert {type(error) for error in await outcomes(start(cache, *calls))} == {DeadlineExceeded}
+    await asyncio.sleep(30)
+    assert (await cache(same(stream=stream))).source == "cache"
+    assert (len(upstream.calls), upstream.cancelled) == (1, 0)
     await assert_empty(coalescer)
 
 
