@@ -71,7 +71,8 @@ class Stack:
         """The stack most programs want; what is not asked for is left out.
 
         Args:
-            deadline: for a whole call, waiting included (seconds or text).
+            deadline: for a whole call, waiting included (seconds or text). Only with one (or `using(deadline=)`) a call
+                waits for an open circuit.
             cache_ttl: switches the cache on.
             cache_directory: keeps cached answers on disk too.
             sampling: who shares an answer: "share", "lanes" or "deterministic".
@@ -107,9 +108,7 @@ class Stack:
             if cache_ttl is not None:
                 chosen.append(TTLCache(cache_ttl, directory=cache_directory, sampling=sampling))
             chosen.append(Coalescer())
-            router = ErrorRouter(fallbacks=fallbacks)
-            if router.fallbacks:
-                chosen.append(router)
+            chosen.append(ErrorRouter(fallbacks=fallbacks))  # with one endpoint it waits for an open circuit
             chosen.append(Retry(attempts=attempts))
             chosen.append(CircuitBreaker())
             chosen.append(RateLimiter(rpm=rpm, tpm=tpm, concurrency=concurrency))

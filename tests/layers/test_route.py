@@ -15,6 +15,7 @@ from llmmw.layers.base import Bound, ForkingLayer
 from llmmw.layers.breaker import CircuitBreaker
 from llmmw.layers.retry import Retry
 from llmmw.layers.route import BoundRouter, ErrorRouter, Fallback
+from llmmw.stack import Stack
 from llmmw.testing.clock import ManualClock, manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
 from llmmw.wire import HTTPRequest
@@ -307,6 +308,17 @@ async def test_route_14_all_open_waits_for_the_earliest_within_the_deadline(cloc
     reply = await bound(upstreams, clock)(primary_call(context=Context(deadline=now + 10)))
     assert (reply.endpoint, reply.fallback) == ("http://e1.test/v1", True)
     assert clock.monotonic() == now + 4
+
+
+@manual_time
+async def test_route_14_recommended_stack_waits_for_its_only_endpoint(clock: ManualClock) -> None:
+    upstream = FakeUpstream([error_reply(500)] * 6)
+    engine = Stack.recommended(deadline=30).bind(upstream, env=Env(clock=clock, seed=1))
+    refused = [await engine.call(chat_call("a")) for _ in range(2)]  # three attempts, then two until it opens
+    assert [reply.status for reply in refused] == [500, 200]
+    assert engine.get_performance_stats()["layers"]["breaker"]["not_closed"] == 0
+    assert clock.monotonic() > 1005 + 10  # one rest, a failed probe, a longer rest
+    assert len(upstream.calls) == 7
 
 
 @manual_time
