@@ -48,5 +48,12 @@ class Forgetting(OnHome):
         """Forget every stored answer that matches."""
         return self._forget(lambda bound: bound.discard(match))
 
+    def begin_run(self) -> None:
+        """Begin a new run: with `TTLCache(sampling="lanes")` every agent draws from its first sample again.
+
+        So what was asked before in this process is replayed, as it would be in a new one.
+        """
+        self._on_home(lambda: [bound.begin_run() for _, bound in self._bounds])
+
     def _forget(self, forget: Callable[[Bound], int]) -> int:
         return self._on_home(lambda: sum(forget(bound) for _, bound in self._bounds))

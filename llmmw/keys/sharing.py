@@ -168,6 +168,10 @@ class Sharing:
             return Draw(base, base)
         return self._lanes.draw(base, call.context.agent, call.context.sample)
 
+    def begin_run(self) -> None:
+        """Every agent draws from its first sample again."""
+        self._lanes.forget()
+
     def is_still(self, call: Call, draw: Draw) -> bool:
         """Whether the call is the request that it was when it was drawn."""
         if all(type(value) in SCALARS for value in call.payload.values()):

@@ -95,6 +95,9 @@ class Bound:
         del match
         return 0
 
+    def begin_run(self) -> None:
+        """What follows is a run of its own: forget how often each agent asked. Default: nothing is counted."""
+
     paces: ClassVar[bool] = False
     """True for a layer that holds calls back until the endpoint's rate limit lets them through."""
 

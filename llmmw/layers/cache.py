@@ -276,6 +276,10 @@ class BoundCache(Bound):
         """Forget every answer of a namespace or with a tag, also one in flight; returns how many left memory."""
         return self._store.discard(match)
 
+    def begin_run(self) -> None:
+        """Every agent draws from its first sample again."""
+        self._sharing.begin_run()
+
     def rehome(self) -> None:
         """Refreshes under way are dropped; entries stay."""
         self._filler.rehome()

@@ -399,7 +399,7 @@ def test_lanes_forget_the_oldest_pair_beyond_their_bound(monkeypatch):
 def test_a_new_run_starts_from_the_first_sample():
     sharing = Sharing("lanes")
     first = lanes("a", "a", sharing=sharing)
-    sharing._lanes.forget()
+    sharing.begin_run()
     assert lanes("a", "a", sharing=sharing) == first
 
 

@@ -103,7 +103,7 @@ async def test_cache_09_a_rerun_with_lanes_replays_the_same_answers_in_any_order
     rig = Rig(sampling="lanes")
 
     async def run(agents):
-        rig.cache._sharing._lanes.forget()
+        rig.cache.begin_run()
         found = {}
         for agent in agents:
             found.setdefault(agent, []).append((await rig(context=Context(agent=agent))).text)
@@ -121,7 +121,7 @@ async def test_a_failed_draw_is_drawn_again(clock):
     with pytest.raises(ConnectionFailed):
         await rig(context=alice)
     first = await rig(context=alice)
-    rig.cache._sharing._lanes.forget()
+    rig.cache.begin_run()
     assert (await rig(context=alice)).text == first.text
 
 
@@ -641,7 +641,7 @@ async def test_peek_in_lanes_takes_no_draw_unless_it_hits(clock):
     call = chat_call(context=Context(agent="a"))
     assert rig.cache.peek(call) is None
     first = await rig.cache(call)
-    rig.cache._sharing._lanes.forget()
+    rig.cache.begin_run()
     assert rig.cache.peek(call).text == first.text
     assert rig.cache.peek(call) is None
 
@@ -830,7 +830,7 @@ async def test_a_stale_answer_in_place_of_an_error_is_the_agents_draw(clock):
     rig = Rig(ttl=10, jitter=0, stale_if_error=60, sampling="lanes")
     alice = Context(agent="a")
     first, second = await rig(context=alice), await rig(context=alice)
-    rig.cache._sharing._lanes.forget()
+    rig.cache.begin_run()
     clock.advance(20)
     rig.upstream._script = [error_reply(503), ConnectionFailed("no")]
     assert [(await rig(context=alice)).text for _ in range(2)] == [first.text, second.text]
@@ -919,7 +919,7 @@ async def test_a_call_cancelled_while_the_disk_is_read_gives_its_draw_back(clock
     rig = Rig(sampling="lanes")
     alice = Context(agent="a")
     first = await rig(context=alice)
-    rig.cache._sharing._lanes.forget()
+    rig.cache.begin_run()
 
     class Slow:
         max_item_bytes = 0

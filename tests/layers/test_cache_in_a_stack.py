@@ -136,7 +136,7 @@ async def test_cache_09_a_rerun_in_any_order_and_all_at_once_replays_the_same_di
     async with engine_of(stack, upstream) as engine:
 
         async def run(seed, at_once):
-            engine._hit_source._sharing._lanes.forget()
+            engine.begin_run()
             found = {agent: [] for agent in agents}
 
             async def ask(agent):
