@@ -59,7 +59,7 @@ def _stats(directory: Directory, *, network: Network = False, json: AsJSON = Fal
 
 
 def _described(found: DiskUsage) -> str:
-    lines = [f"{found.entries} answers, {found.expired} of them expired"]
+    lines = [f"{_count(found.entries, 'answer')}, {found.expired} of them expired"]
     if found.oldest_s is not None and found.newest_s is not None:
         lines.append(f"stored {_span(found.oldest_s)} to {_span(found.newest_s)} ago")
     if found.expires_last_s is not None and found.expires_last_s > 0:
@@ -67,14 +67,14 @@ def _described(found: DiskUsage) -> str:
     limit = f" of {_size(found.limit_bytes)}" if found.limit_bytes else ""
     lines.append(f"{_size(found.bytes)}{limit} on disk ({_size(found.wal_bytes)} of it log)")
     if found.quarantined:
-        aside = f"{found.quarantined} broken files ({_size(found.quarantined_bytes)})"
+        aside = f"{_count(found.quarantined, 'broken file')} ({_size(found.quarantined_bytes)})"
         lines.append(f"{aside} put aside as *.corrupt-<time>; `llmmw cache clear` deletes them")
     return "\n  ".join(lines)
 
 
 def _prune(directory: Directory, *, network: Network = False, json: AsJSON = False) -> None:
     """Delete the answers whose time is over."""
-    _tell_removed(directory, prune(directory, network=network), "expired answers", json=json)
+    _tell_removed(directory, prune(directory, network=network), "expired answer", json=json)
 
 
 def _clear(
@@ -87,14 +87,14 @@ def _clear(
     """Delete every answer, and what was put aside as broken. What programs hold in memory stays there."""
     if not yes:
         typer.confirm(f"Delete every cached answer in {directory}?", abort=True, err=True)
-    _tell_removed(directory, clear(directory, network=network), "answers", json=json)
+    _tell_removed(directory, clear(directory, network=network), "answer", json=json)
 
 
 def _tell_removed(directory: Path, count: int, what: str, *, json: bool) -> None:
     if json:
         _print_json({"directory": str(directory), "removed": count})
     else:
-        typer.echo(f"{directory}: {count} {what} deleted")
+        typer.echo(f"{directory}: {_count(count, what)} deleted")
 
 
 def _explain(
@@ -156,6 +156,10 @@ def _why_uncacheable(call: Call) -> str | None:
 
 def _print_json(found: dict[str, Any]) -> None:
     typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 _UNITS = (("day", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))

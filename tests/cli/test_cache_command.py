@@ -80,7 +80,7 @@ def test_the_directory_may_come_from_the_environment_and_must_come_from_somewher
     assert "no cache there yet" in run(capsys, "stats")[1]
     assert not place.exists()
     fill(place, "a")
-    assert "1 answers" in run(capsys, "stats")[1]
+    assert "1 answer," in run(capsys, "stats")[1]
 
 
 def test_prune_deletes_what_expired_and_nothing_else(place, capsys):
@@ -122,7 +122,7 @@ def test_clear_also_removes_what_is_broken(place, capsys):
 def test_quarantined_files_are_told(place, capsys):
     fill(place, "a")
     (place / "cache.db.corrupt-17").write_bytes(b"old rubbish")
-    assert "1 broken files (11 B) put aside" in run(capsys, "stats", "-d", place)[1]
+    assert "1 broken file (11 B) put aside" in run(capsys, "stats", "-d", place)[1]
 
 
 def test_what_is_not_ours_is_refused_in_one_line(tmp_path, place, capsys):
@@ -168,7 +168,7 @@ def test_it_works_as_a_program_and_helps(place):
     for word in ("stats", "prune", "clear", "explain", "llmmw cache clear --yes"):
         assert word in helped.stdout
     fill(place, "a")
-    assert "1 answers" in program("stats", "-d", str(place)).stdout
+    assert "1 answer," in program("stats", "-d", str(place)).stdout
     for command in ("stats", "prune", "clear", "explain"):
         assert program(command, "--help").returncode == 0
 
