@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases check bench bench-pool bench-storms bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-outage bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,12 @@ test: $(READY)  ## all tests that need no vLLM
 cases: $(READY)  ## the specification's cases, the tests that prove them, and how they end
 	$(BIN)/python tests/cases.py
 
+SEEDS ?= 100-119
+CALLS ?= 5000
+chaos: $(READY)  ## a long soak with real servers: SEEDS=100-119 CALLS=5000; and a thousand days in virtual time
+	CHAOS_SEEDS=$(SEEDS) CHAOS_CALLS=$(CALLS) $(BIN)/python -m pytest tests/e2e/test_chaos.py
+	CHAOS_SEEDS=1000-1999 $(BIN)/python -m pytest -q tests/e2e/test_chaos_virtual.py
+
 check: $(READY)  ## lint, types, import direction
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -47,6 +53,9 @@ bench: $(READY)  ## what llmmw costs, beside the floors, in one run
 
 bench-storms: $(READY)  ## crowds at a server that refuses: requests and time, beside the bare SDK (about 3 min)
 	$(BIN)/python benchmarks/storms.py --repeats 3
+
+bench-outage: $(READY)  ## servers that fail: load, success and time to give up, beside the bare SDK (about 2 min)
+	$(BIN)/python benchmarks/outage.py
 
 bench-pool: $(READY)  ## the measurement that chose the pool's engine
 	$(BIN)/python benchmarks/pool_engines.py
