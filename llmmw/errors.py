@@ -20,7 +20,8 @@ Every error pickles, lists the `attempts` that led to it, and holds no header, b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, TypeVar
+import pickle
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -227,7 +228,10 @@ class TruncatedStream(StreamInterrupted, ProtocolError):
 
 
 class AllEndpointsFailed(LLMMWError, ExceptionGroup[Exception]):
-    """Every endpoint of the router failed; `exceptions` holds the last error of each, in the order asked."""
+    """Every endpoint of the router failed; `exceptions` holds the last error of each, in the order asked.
+
+    It always pickles: of a member that does not (the SDKs' exceptions), type and text arrive as an UpstreamError.
+    """
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], *, attempts: tuple[Attempt, ...] = ()) -> Self:
         """Groups are made in `__new__`."""
@@ -243,6 +247,11 @@ class AllEndpointsFailed(LLMMWError, ExceptionGroup[Exception]):
         """A group of the same kind, as `split` and `subgroup` need."""
         return AllEndpointsFailed(self.message, excs, attempts=self.attempts)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Members that do not survive the journey travel as what they say."""
+        members = [error if _survives(error) else UpstreamError(_said(error)) for error in self.exceptions]
+        return (type(self), (self.message, members), self.__dict__)
+
 
 def bare(error: E) -> E:
     """The same error without the frames it came through and without what other libraries raised before it.
@@ -253,3 +262,18 @@ def bare(error: E) -> E:
     error.__cause__ = bare(cause) if isinstance(cause, LLMMWError) and cause is not error else None
     error.__context__ = None
     return error.with_traceback(None)
+
+
+def _survives(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)  # noqa: S301 — our own bytes
+    except Exception:  # noqa: BLE001 — a foreign class may raise anything
+        return False
+
+
+def _said(error: Exception) -> str:
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 — likewise
+        text = "without words"
+    return f"{type(error).__qualname__}: {text[:500]}"

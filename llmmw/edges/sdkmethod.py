@@ -14,11 +14,13 @@ from llmmw.call import Call, Reply, current_context
 from llmmw.edges.outcome import Answer, answer_of, failure_of
 from llmmw.endpoints.sdk import Invocation
 from llmmw.errors import ConfigError, LLMMWError
+from llmmw.layers.attempt import annotate
 from llmmw.wire import PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from llmmw.edges.outcome import Failure
     from llmmw.edges.sdk import Wrapping
 
 _OPTIONS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
@@ -144,9 +146,7 @@ class Method:
         error = reply.native
         if not isinstance(error, Exception):
             error = self._status_error(answer_of(reply, final=self._shared.retries))
-        if len(reply.attempts) > 1:
-            tried = ", ".join(str(attempt.status or attempt.error) for attempt in reply.attempts)
-            error.add_note(f"llmmw made {len(reply.attempts)} attempts: {tried}")
+        annotate(error, reply.attempts)
         return error
 
     def _status_error(self, answer: Answer) -> Exception:
@@ -158,15 +158,21 @@ class Method:
         """The SDK's exception for what llmmw raised."""
         if isinstance(error, ConfigError):
             return error
-        found = failure_of(error)
+        made = self._made(failure_of(error), error.message)
+        annotate(made, error.attempts)
+        return made
+
+    def _made(self, found: Answer | Failure, message: str) -> Exception:
         if isinstance(found, Answer):
             return self._status_error(found)
         sdk = sys.modules[self._shared.package]
-        if found in {"ReadTimeout", "ConnectTimeout"}:
-            timeout: Exception = sdk.APITimeoutError(request=self._request())
-            return timeout
-        connection: Exception = sdk.APIConnectionError(message=error.message, request=self._request())
-        return connection
+        timed_out = found in {"ReadTimeout", "ConnectTimeout"}
+        made: Exception = (
+            sdk.APITimeoutError(request=self._request())
+            if timed_out
+            else sdk.APIConnectionError(message=message, request=self._request())
+        )
+        return made
 
 
 def _answer_types(create: Any) -> tuple[Any, Any, Any]:

@@ -250,7 +250,8 @@ class BoundBreaker(Bound):
         if line is None or ticket is None:
             return
         if fault is not None and hurts:
-            line.refusal = outcome if isinstance(outcome, Reply) else _keepable(outcome)
+            # Without the SDK's own exception, which holds a request with its key.
+            line.refusal = outcome.replace(native=None) if isinstance(outcome, Reply) else _keepable(outcome)
             line.why = fault.kind.value if fault.status is None else f"{fault.kind.value}, status {fault.status}"
         # A 403 may be about one prompt only, and a 400 is known by its words, which may quote one.
         decisive = fault is not None and fault.status not in {400, 403}

@@ -452,3 +452,12 @@ def test_impossible_settings_are_refused(options: dict[str, object]) -> None:
 
 def test_settings_compare_and_read_text() -> None:
     assert CircuitBreaker(window="30s", open_for="5s", max_open="1m") == CircuitBreaker()
+
+
+@manual_time
+async def test_security_08_kept_refusal_holds_no_object_of_the_sdk(clock: ManualClock) -> None:
+    told = error_reply(401).replace(native=ValueError("the SDK's own, with its request"))
+    breaker = bound(FakeUpstream([told]), clock)
+    assert (await breaker(chat_call())).native is told.native
+    again = await breaker(chat_call())
+    assert (again.status, again.data, again.native) == (401, told.data, None)
