@@ -363,7 +363,8 @@ async def test_a_fork_leaves_the_parents_leases_as_they_are(place):
     again = one.ask(stream=True)  # another flight of the same entry: the lease is our own, and it takes it over
     await seen(lambda: leases(place) not in (held, []))
     one.go.set()
-    assert {(await task)[0], (await again)[0]} == {"upstream"}
+    assert (await task)[0] == "upstream"
+    assert (await again)[0] in {"upstream", "cache"}  # from memory, if the first has landed by then
     await closed(one)
     assert leases(place) == []
     assert one.troubles() in ([], ["write under a lost lease"])
