@@ -6,7 +6,8 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
-from llmmw.stores.place import Refused, check, claimed, identity, prepare, quarantine
+from llmmw.stores.logs import Mapping, opening
+from llmmw.stores.place import Refused, check, identity, prepare, quarantine
 from llmmw.stores.schema import Corrupt
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Keeper:
         self._codec = codec
         self._network = network
         self._rows: Rows | None = None
+        self._mapping: Mapping | None = None
         self._file = (0, 0)
         """Which file is open; there may be another in its place by now."""
         self._retry = _Pause(env)
@@ -137,11 +139,14 @@ class Keeper:
     def close(self) -> None:
         """Close the database."""
         rows, self._rows = self._rows, None
+        mapping, self._mapping = self._mapping, None
         if rows is not None:
             try:
                 rows.close()
             except sqlite3.Error as error:
                 self.trouble("close", str(error))
+        if mapping is not None:
+            mapping.close()
 
     def abandon(self) -> object:
         """After a fork: forget the parent's handle without closing it; whoever gets it keeps it alive."""
@@ -167,11 +172,12 @@ class Keeper:
         self.opened = True
         try:
             prepare(self._directory, network=self._network)
-            with claimed(self._directory):
+            with opening(self._directory):
                 self._file = identity(self._directory)
                 self._rows = Rows(self._directory, self._max_bytes, self._codec)
                 check(self._directory, network=True)  # once more: SQLite follows links
-                if identity(self._directory) != self._file:
+                self._mapping = Mapping(self._directory)
+                if self._mapping.file != self._file:
                     raise OSError("the database was exchanged while it was opened")  # noqa: TRY301 — as if not there
         except Refused as error:
             self.close()

@@ -15,7 +15,8 @@ import msgspec
 
 from llmmw.env import ambient_clock
 from llmmw.errors import LLMMWError
-from llmmw.stores.place import DATABASE, Refused, check, claimed, quarantine, quarantined
+from llmmw.stores.logs import Mapping, opening
+from llmmw.stores.place import DATABASE, Refused, check, quarantine, quarantined
 from llmmw.stores.schema import Corrupt, connect, inspect
 
 if TYPE_CHECKING:
@@ -148,9 +149,11 @@ def _opened(place: Path, *, network: bool) -> Generator[sqlite3.Connection | Non
         except FileNotFoundError:
             yield None
             return
-        with claimed(place):
+        with opening(place):
             database = stack.enter_context(contextlib.closing(connect(place, _PATIENCE_S)))
             is_filled = inspect(database)
+            stack.enter_context(contextlib.closing(Mapping(place)))
+            stack.callback(database.close)  # before the mapping is forgotten
         yield database if is_filled else None
 
 
