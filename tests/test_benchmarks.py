@@ -114,3 +114,17 @@ def test_storms_are_counted_where_they_arrive(tmp_path):
     assert found["stampede", "openai SDK"]["upstream"] == 20
     assert found["large-told", "llmmw"]["upstream"] >= 20
     assert "budgets broken" in done.stdout
+
+
+def test_outages_are_counted_and_judged(tmp_path):
+    target = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / "outage.py"), "--json", str(target), "--calls", "200"]
+    command += ["--only", "refused", "healthy", "--clients", "recommended", "retries"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode in {0, 1}, done.stderr
+    found = {(row["outage"], row["client"]): row for row in json.loads(target.read_text())["results"]}
+    assert len(found) == 4
+    assert found["healthy", "recommended"]["load"] == found["healthy", "retries"]["success"] == 1
+    assert found["refused", "recommended"]["success"] == 0
+    assert found["refused", "recommended"]["load"] < 1 < found["refused", "retries"]["load"] < 2
+    assert "budgets broken" in done.stdout
