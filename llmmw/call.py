@@ -82,6 +82,11 @@ class Call(msgspec.Struct, frozen=True):
         """A copy with some fields of its context changed."""
         return msgspec.structs.replace(self, context=msgspec.structs.replace(self.context, **changes))
 
+    def __repr__(self) -> str:
+        # The payload is somebody's prompt, and `native` may hold headers: neither belongs into a log.
+        kind = f"{self.op}{', stream' if self.stream else ''}"
+        return f"Call({kind}, model={self.model[:80]!r}, target={self.target!r}, context={self.context!r})"
+
 
 class Item(msgspec.Struct, frozen=True):
     """A piece of a user's async generator: the object itself and, where a codec knows it, its encoded form."""
@@ -178,6 +183,11 @@ class Reply(msgspec.Struct, frozen=True):
     def replace(self, **changes: Any) -> Reply:
         """A copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        # A server may put into its headers (and body) what a log must not hold: cookies, the key it was sent.
+        held = "a stream" if self.chunks is not None else f"{len(self.data or b'')} bytes"
+        return f"Reply({self.status}, {held}, source={self.source!r}, endpoint={self.endpoint!r}, usage={self.usage!r})"
 
 
 class Filling(Protocol):

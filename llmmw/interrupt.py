@@ -138,9 +138,11 @@ class Until(Generic[T]):
         except asyncio.CancelledError:
             if not self._expired or (task is not None and task.cancelling() > pending):
                 raise
-            raise self._error() from None
         finally:
+            waiting = None  # this frame stays with an error, and the future would keep what the work failed of
             self._rest()
+        # Out here the error has no context: the cancellation came through the frames that hold the connection.
+        raise self._error()
 
     def _watch(self) -> None:
         if self._alarms is None:

@@ -62,6 +62,9 @@ class Place(msgspec.Struct, frozen=True):
     variant: tuple[tuple[str, str], ...]
     credential: str
 
+    def __repr__(self) -> str:
+        return f"Place({self.op!r}, target={self.target!r})"
+
 
 class Head(msgspec.Struct, frozen=True):
     """What the headers of a request say about it."""
@@ -72,6 +75,9 @@ class Head(msgspec.Struct, frozen=True):
     credential: str
     repeated: bool
     """Whether the SDK says that it has sent this request before."""
+
+    def __repr__(self) -> str:
+        return "Head(***)"  # it is made of credentials
 
 
 class Repeated(Exception):
@@ -145,7 +151,7 @@ class HTTPEdge:
             {} if payload is None else payload,
             payload is not None and payload.get("stream") is True,
             context,
-            TimedRequest(method, url, head.headers, body, timeout.get("read")),
+            TimedRequest(method, url, head.headers, body, read_s=timeout.get("read")),
             place.target,
             self._namespaces.of(place.credential + head.credential, context.tenant),
             variant,

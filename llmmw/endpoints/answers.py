@@ -49,35 +49,41 @@ class AnswerStream:
 
     def __init__(self, body: Body, watch: StreamWatch, endpoint: str, secrets: Callable[[], Secrets]) -> None:
         self._body = body
-        self._watch = watch
+        self._watch: StreamWatch | None = watch
         self._endpoint = endpoint
         self._secrets = secrets
+        self._usage = watch.usage
 
     @property
     def usage(self) -> Usage:
         """What the stream reported so far."""
-        return self._watch.usage
+        return self._usage if self._watch is None else self._watch.usage
 
     def __aiter__(self) -> AnswerStream:
         return self
 
     async def __anext__(self) -> bytes:
         watch = self._watch
+        if watch is None:
+            raise StopAsyncIteration
+        body = self._body
         delivered = watch.has_token  # a token in the same chunk as an error is handed on to nobody
         try:
-            chunk = await self._body.__anext__()
+            chunk = await body.__anext__()
             watch.feed(chunk)
             if watch.error is not None:
                 raise self._told(watch.error)
         except StopAsyncIteration:
-            missing = None if self._body.was_cut else watch.missing()
+            missing = None if body.was_cut else watch.missing()
+            self._forget(watch)
             if missing is None:
                 raise
-            raise TruncatedStream(
-                f"the stream ended early: {missing}", endpoint=self._endpoint, partial=watch.text, usage=watch.usage
-            ) from None
         except UpstreamError as error:
-            await self._body.aclose()
+            await body.aclose()
+            # The variables of this frame stay with the error, and error trackers send them.
+            del body
+            chunk = b""
+            self._forget(watch)
             error.endpoint = error.endpoint or self._endpoint
             if not delivered:
                 raise bare(error)  # noqa: B904 — it is the same error, without the frames that hold the connection
@@ -87,11 +93,25 @@ class AnswerStream:
                 partial=watch.text,
                 usage=watch.usage,
             ) from bare(error)
-        return chunk
+        else:
+            return chunk
+        del body  # and out here without a context, for its frames hold the body too
+        raise TruncatedStream(
+            f"the stream ended early: {missing}", endpoint=self._endpoint, partial=watch.text, usage=watch.usage
+        )
 
     async def aclose(self) -> None:
         """Stop reading; the server sees a closed connection and stops generating."""
-        await self._body.aclose()
+        watch = self._watch
+        if watch is not None:
+            await self._body.aclose()
+            self._forget(watch)
+
+    def _forget(self, watch: StreamWatch) -> None:
+        # What wraps this stream may be kept with an exception for hours, and this with it: as an empty shell.
+        if self._watch is not None:
+            self._usage, self._watch = watch.usage, None
+            del self._body, self._secrets
 
     def _told(self, event: dict[str, Any]) -> StatusError:
         event = msgspec.json.decode(self._secrets().hide_bytes(msgspec.json.encode(event)))

@@ -42,6 +42,9 @@ class Asker(msgspec.Struct, frozen=True):
     credential: str = ""
     """What says who asks; "" where nothing does."""
 
+    def __repr__(self) -> str:
+        return f"Asker(variant={self.variant!r}, credential={'***' if self.credential else ''!r})"
+
 
 def asker_of(headers: Iterable[tuple[str, str]] = (), query: Iterable[tuple[str, str]] = ()) -> Asker:
     """Sort out what may change the answer and who asks.

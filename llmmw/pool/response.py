@@ -29,6 +29,9 @@ class Response(msgspec.Struct, frozen=True):
     reused: bool = False
     """Whether it came over a kept-alive connection."""
 
+    def __repr__(self) -> str:
+        return f"Response({self.status})"  # headers may hold cookies
+
     def header(self, name: str) -> str:
         """The first header of that (lower-case) name, or ""."""
         for key, value in self.headers:

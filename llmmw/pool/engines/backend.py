@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("llmmw_exchange", default=None)
 """The exchange of the running task, for which httpcore reads, writes and connects."""
+
+
+class _Discreet(logging.Filter):
+    """Keeps response headers (cookies, a key that the server echoes) out of httpcore's log, of our requests only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if current_exchange.get() is not None and str(record.msg).startswith("receive_response_headers.complete"):
+            record.msg, record.args = "receive_response_headers.complete return_value=***", ()
+        return True
+
+
+_discreet = _Discreet()
+
+
+def be_discreet(package: str) -> None:
+    """Let a package of the httpcore family log nothing secret. Idempotent."""
+    logging.getLogger(f"{package}.http11").addFilter(_discreet)
 
 
 class _Stream:

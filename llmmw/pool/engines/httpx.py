@@ -17,7 +17,7 @@ import msgspec
 
 from llmmw.errors import ConfigError, ConnectionFailed, ProtocolError, ResponseTooLarge
 from llmmw.pool.engine import MAX_HEADER_BYTES, Lost
-from llmmw.pool.engines.backend import Backend, current_exchange
+from llmmw.pool.engines.backend import Backend, be_discreet, current_exchange
 from llmmw.pool.engines.lookup import Proxy, proxy_for, tls_context
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class HttpcoreEngine:
     """
 
     def __init__(self, name: str, options: EngineOptions) -> None:
-        self._core: Any = importlib.import_module("httpcore2" if name == "httpx2" else "httpcore")
+        package = "httpcore2" if name == "httpx2" else "httpcore"
+        self._core: Any = importlib.import_module(package)
+        be_discreet(package)
         self._options = options
         self._ssl = tls_context(msgspec.structs.replace(options, http2=False))
         self._backend = Backend(self._core.AnyIOBackend(), options.guard)
