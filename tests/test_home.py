@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llmmw.call import Reply
 from llmmw.stack import Stack
 from llmmw.testing import FakeUpstream, chat_call
+from llmmw.testing.fake import ScriptedChunks, chat_chunks
 
 
 def make_engine(**options):
@@ -98,4 +101,33 @@ def test_an_interrupt_raised_by_a_guest_on_the_main_threads_loop_is_the_users():
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
     engine.close()
+    assert own_threads() == []
+
+
+def test_a_close_that_begins_while_its_home_ends_leaves_no_task_behind(caplog):
+    chunks = ScriptedChunks(chat_chunks("one two"), gap_s=100)
+    engine = Stack().bind(FakeUpstream([Reply(chunks=chunks)]))
+    closer = threading.Thread(target=engine.close)
+    kept = []
+
+    async def last_act():
+        try:
+            await asyncio.Event().wait()
+        finally:  # the run cancels its tasks, and with that begins to end
+            closer.start()
+            while engine._closing is None:
+                await asyncio.sleep(0)
+
+    async def main():
+        kept.append(await engine.call(chat_call(stream=True)))  # what the close waits for
+        kept.append(asyncio.create_task(last_act()))
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    closer.join(20)
+    assert not closer.is_alive()
+    assert engine._released
+    kept.clear()
+    gc.collect()
+    assert [record.message for record in caplog.records] == []
     assert own_threads() == []

@@ -41,6 +41,13 @@ async def close_all(parts: Iterable[Closable]) -> Exception | None:
     return first
 
 
+async def give_up(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task of the running loop, which ends, and wait for it."""
+    if task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop():
+        task.cancel()
+        await asyncio.wait([task])
+
+
 def note_or_raise(error: BaseException | None, problem: Exception) -> None:
     """What goes wrong at the end never hides the error of the body, where there is one."""
     if error is None:

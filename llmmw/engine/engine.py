@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
 from llmmw.engine.changing import Changing
-from llmmw.engine.closing import DRAIN_S, close_all, closed_error, note_or_raise, patience_after
+from llmmw.engine.closing import DRAIN_S, close_all, closed_error, give_up, note_or_raise, patience_after
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
@@ -152,7 +152,8 @@ class Engine(Forgetting, Keeping, Changing):
         if env.observed:
             env.emit(CallStarted(agent))
         try:
-            handler = self._handler_of(call)
+            layered = self._handler if call.context.deadline is None else self._timely
+            handler = self._endpoints[0] if call.direct else layered
             reply = await (inside(self._calls, number, handler, call) if call.inherits_context else handler(call))
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
@@ -176,11 +177,6 @@ class Engine(Forgetting, Keeping, Changing):
         guarded = GuardedChunks(reply.chunks, ended)
         self._calls.hand_over(number, guarded)
         return reply.replace(chunks=guarded)
-
-    def _handler_of(self, call: Call) -> Handler:
-        if call.direct:
-            return self._endpoints[0]
-        return self._handler if call.context.deadline is None else self._timely
 
     def _finish(
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
@@ -274,6 +270,7 @@ class Engine(Forgetting, Keeping, Changing):
 
     async def _leave(self) -> None:
         """The home loop shuts down without `aclose`: drop sockets and tasks there, keep entries and levels."""
+        await give_up(self._closing)  # whoever waits for it goes on elsewhere
         self._rehome()
         if self._closed and not self._released:  # `aclose` was cancelled, and then the loop ended
             await self._release()

@@ -81,7 +81,8 @@ class GuardedChunks:
     def __del__(self) -> None:
         if not self._over and not self.loop.is_closed():
             loop, tap = self.loop, self._tap
-            loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
+            with contextlib.suppress(RuntimeError):  # closed on its own thread meanwhile
+                loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
 
 
 class BridgedChunks:
