@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 REQUESTS = 60_000
 CAPACITY = 2_000_000
-SMALLEST = 720
+SMALLEST = 1_220
 """What an entry takes besides its body, about."""
 BUDGET_US = 100.0
 AHEAD = 1.2

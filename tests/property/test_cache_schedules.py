@@ -126,7 +126,7 @@ OPTIONS = [
     {},
     {"sampling": "lanes"},
     {"stale_while_revalidate": 10, "stale_if_error": 10, "early_refresh": True, "negative_ttl": 5, "auth_check": True},
-    {"max_bytes": 12_000},
+    {"max_bytes": 20_000},
 ]
 
 

@@ -16,7 +16,7 @@ KEYS = st.integers(0, 30).map(lambda number: bytes([number]))
 class MemoryModel(RuleBasedStateMachine):
     """What was put last is found until its end, unless it was deleted, refused or evicted for want of room."""
 
-    @initialize(max_bytes=st.integers(8_000, 40_000), max_entries=st.integers(1, 20))
+    @initialize(max_bytes=st.integers(14_000, 60_000), max_entries=st.integers(1, 20))
     def begin(self, max_bytes, max_entries):
         self.store = MemoryStore(max_bytes, max_entries)
         self.max_bytes, self.max_entries = max_bytes, max_entries

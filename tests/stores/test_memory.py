@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmmw.stores.base import Match
 from llmmw.stores.entry import Entry, Header
 from llmmw.stores.memory import MemoryStore
+from llmmw.stores.record import play
+from llmmw.testing.fake import chat_call
 
 
 def entry(size=100, cost=1.0, **fields):
@@ -97,7 +102,7 @@ def test_entries_are_discarded_by_request_namespace_and_tag():
     )
 )
 def test_bytes_and_number_never_exceed_the_budget(steps):
-    store = MemoryStore(20_000, 8)
+    store = MemoryStore(30_000, 8)
     for now, (action, index, size, life) in enumerate(steps):
         key = bytes([index])
         if action == "p":
@@ -107,6 +112,24 @@ def test_bytes_and_number_never_exceed_the_budget(steps):
             assert found is None or found.gone > now
         else:
             store.delete(key)
-        assert store.size <= 20_000
+        assert store.size <= 30_000
         assert len(store) <= 8
         assert store.size == sum(found.entry.size for found in store._entries.values())
+
+
+def test_what_is_accounted_is_about_what_is_taken():
+    """By Python's own account."""
+    store = MemoryStore(10**9, 10**6)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(2000):
+            key = number.to_bytes(32, "big")
+            header = Header(1.5 + number, 300.5 + number, base=key, cost_s=0.1 * number, namespace=f"n{number}")
+            found = Entry(header, b"%300d" % number)
+            store.put(key, found, 300.0 + number, 300.0 + number, 0.0).reply = play(found, chat_call())
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert 0.5 < taken / store.size < 1.2
