@@ -121,9 +121,7 @@ class HTTPEndpoint:
     async def _attempt(self, call: Call) -> Reply:
         request = self._request_for(call)
         try:
-            # What is no completion may change something there, so twice is not as good as once.
-            twice_ok = self._duplicate_ok and not call.direct
-            response = await self._open().request(request, duplicate_ok=twice_ok, connect_s=call.connect_s)
+            response = await self._open().request(request, duplicate_ok=self._duplicate_ok, connect_s=call.connect_s)
             if _is_stream(call, response):
                 if not call.stream and call.op in PATHS:
                     await response.body.aclose()
@@ -170,7 +168,14 @@ class HTTPEndpoint:
         return HTTPRequest("POST", url, headers, _encoded(call))
 
     def request(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        once: bool = False,
+        max_bytes: int = 0,
     ) -> HTTPRequest:
         """A request in this endpoint's own name, to be sent as the `native` of a `direct` call.
 
@@ -179,12 +184,15 @@ class HTTPEndpoint:
             path: below the base URL, with its query.
             body: as it is sent.
             headers: in place of this endpoint's own of the same (lower-case) name.
+            once: it must not arrive twice.
+            max_bytes: bound of the answer, in place of the pool's.
         """
         where, _, query = path.partition("?")
         url = url_of(self._base_url, where)
         if query:
             url = f"{url}{'&' if '?' in url else '?'}{query}"
-        return HTTPRequest(method, url, tuple({**dict(self._headers), **(headers or {})}.items()), body)
+        found = tuple({**dict(self._headers), **(headers or {})}.items())
+        return HTTPRequest(method, url, found, body, once, max_bytes)
 
     def _is_mine(self, url: str) -> bool:
         try:

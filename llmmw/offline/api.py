@@ -23,6 +23,8 @@ _NOTHING_DONE = frozenset({FaultKind.NOT_SENT, FaultKind.RATE})
 """The server did nothing with the request."""
 _PASSING = _NOTHING_DONE | {FaultKind.SERVER, FaultKind.AMBIGUOUS, FaultKind.MALFORMED}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+_MAX_RESULT_BYTES = 4 * 1024 * 1024 * 1024
+"""Results are read line by line, so what bounds an ordinary answer need not bound them."""
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
@@ -45,7 +47,14 @@ class Server(Protocol):
         ...
 
     def request(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        once: bool = False,
+        max_bytes: int = 0,
     ) -> HTTPRequest:
         """A request in its own name."""
         ...
@@ -96,7 +105,7 @@ class Api:
         """
         for number in range(self._tries):
             try:
-                return self._read(await self._send(method, path, body, kind))
+                return self._read(await self._send(method, path, body, kind, once=not harmless))
             except LLMMWError as error:
                 await self._back_off(error, number, _PASSING if harmless else _NOTHING_DONE)
         raise AssertionError("the last pause raises")  # pragma: no cover
@@ -115,7 +124,7 @@ class Api:
         raise AssertionError("the last pause raises")  # pragma: no cover
 
     async def _lines(self, path: str) -> AsyncGenerator[dict[str, Any]]:
-        request = self._server.request("GET", path)
+        request = self._server.request("GET", path, max_bytes=_MAX_RESULT_BYTES)
         op = path.partition("?")[0]
         reply = await self._caller.call(Call(op, "", {}, stream=True, native=request, direct=True))
         if not reply.ok:
@@ -138,8 +147,8 @@ class Api:
             if found := _object(line):
                 yield found
 
-    async def _send(self, method: str, path: str, body: bytes, kind: str) -> Reply:
-        request = self._server.request(method, path, body, {"content-type": kind})
+    async def _send(self, method: str, path: str, body: bytes, kind: str, *, once: bool) -> Reply:
+        request = self._server.request(method, path, body, {"content-type": kind}, once=once)
         reply = await self._caller.call(Call(path.partition("?")[0], "", {}, native=request, direct=True))
         date = moment(reply.header("date") or "")
         if date is not None:

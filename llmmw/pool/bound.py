@@ -112,13 +112,15 @@ class BoundPool:
         patience = Patience(self._limits) if self._waits else None
         try:
             limit = self._limits.connect_s if connect_s is None else connect_s
-            way = _Way(origin, limit, patience, duplicate_ok or self.settings.retry_on_stale)
+            twice_ok = (duplicate_ok or self.settings.retry_on_stale) and not request.once
+            way = _Way(origin, limit, patience, twice_ok)
             generation, raw, exchange = await self._send(fleet, request, way)
         except BaseException:
             fleet.leave()
             raise
         try:
-            return self._respond(fleet, generation, raw, exchange, patience)
+            max_bytes = request.max_bytes or self.settings.max_response_bytes
+            return self._respond(fleet, generation, raw, exchange, patience, max_bytes)
         except BaseException:
             raw.abandon()
             fleet.finish(generation)
@@ -151,7 +153,7 @@ class BoundPool:
             # We decode, under caps; a coding that we cannot decode must not be asked for.
             known = (request.headers, (*kept, ("accept-encoding", ACCEPT_ENCODING)))
             self._outgoing[id(request.headers)] = known
-        return HTTPRequest(request.method, request.url, known[1], request.body)
+        return HTTPRequest(request.method, request.url, known[1], request.body, request.once, request.max_bytes)
 
     def _here(self) -> Fleet:
         fleet = self._fleet
@@ -209,7 +211,13 @@ class BoundPool:
         return AmbiguousOutcome(f"{why}; the server may have done the work")
 
     def _respond(
-        self, fleet: Fleet, generation: Generation, raw: RawResponse, exchange: Exchange, patience: Patience | None
+        self,
+        fleet: Fleet,
+        generation: Generation,
+        raw: RawResponse,
+        exchange: Exchange,
+        patience: Patience | None,
+        max_bytes: int,
     ) -> Response:
         headers, coding = read_headers(raw.headers)
         body = Body(
@@ -217,9 +225,9 @@ class BoundPool:
             fleet,
             generation,
             self._lost,
-            max_bytes=self.settings.max_response_bytes,
+            max_bytes=max_bytes,
             patience=patience,
-            inflater=None if coding is None else Inflater(coding, self.settings.max_response_bytes),
+            inflater=None if coding is None else Inflater(coding, max_bytes),
         )
         return Response(raw.status, headers, body, exchange.opened is False)
 

@@ -32,6 +32,10 @@ class HTTPRequest(msgspec.Struct, frozen=True):
     url: str
     headers: Headers = ()
     body: bytes = b""
+    once: bool = False
+    """It must not arrive twice: the pool never repeats it, whatever its settings."""
+    max_bytes: int = 0
+    """Bound of the response's decoded body, where the pool's own does not fit; 0: the pool's."""
 
     def __repr__(self) -> str:
         # Headers carry credentials, the query may, and the body is somebody's prompt.

@@ -71,7 +71,9 @@ def test_the_native_request_is_the_sdks_without_what_the_pool_sets(edge):
         edge, timeout={"connect": 5.0, "read": 600.0}, Host="x", Content_Length="3", Accept_Encoding="br",
         Connection="keep-alive", Authorization="Bearer k", X_Own="1",
     )  # fmt: skip
-    assert call.native == TimedRequest("POST", CHAT, (("authorization", "Bearer k"), ("x-own", "1")), BODY, 600.0)
+    assert call.native == TimedRequest(
+        "POST", CHAT, (("authorization", "Bearer k"), ("x-own", "1")), BODY, read_s=600.0
+    )
     assert call.connect_s == 5.0
     assert "Bearer" not in repr(call.native)
 

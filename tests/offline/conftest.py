@@ -43,7 +43,7 @@ class World:
         self.ahead_s = 0.0
         self.clock = None
 
-    def request(self, method, path, body=b"", headers=None):
+    def request(self, method, path, body=b"", headers=None, **_):
         return HTTPRequest(
             method,
             f"http://fake.test{'' if path.startswith('/v1/') else '/v1'}{path}",

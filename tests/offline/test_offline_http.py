@@ -11,6 +11,7 @@ from llmmw import (
     Client,
     Closed,
     ConfigError,
+    ConnectionPool,
     OfflineBatch,
     Stack,
     StatusError,
@@ -170,3 +171,24 @@ async def test_a_result_file_with_long_lines_arrives_whole(server, tmp_path, api
             assert len(msgspec.json.encode(outcomes[0].reply.body)) > 90_000
     finally:
         server.configure(reply_text="", max_model_len=32_768)
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_results_may_be_larger_than_the_pool_lets_an_answer_be(server, tmp_path, api):
+    pool = ConnectionPool(max_response_bytes=4096)
+    async with Client(server.base_url, KEY, stack=Stack(), model=MODEL, pool=pool) as client:
+        requests = [{"messages": str(number)} for number in range(40)]
+        outcomes = await client.map(requests, max_tokens=10, temperature=0, offline=offline(tmp_path, api))
+        assert all(outcome.ok for outcome in outcomes)
+
+
+async def test_a_submission_is_not_repeated_by_the_pool_whatever_its_settings(server, tmp_path):
+    server.add_fault(FaultRule(kind="reset", match=Match(route="/v1/batches", first=1)))
+    pool = ConnectionPool(retry_on_stale=True)
+    async with Client(server.base_url, KEY, stack=Stack(), model=MODEL, pool=pool) as client:
+        (outcome,) = await client.map([{"messages": "a"}], max_tokens=5, offline=offline(tmp_path))
+        assert outcome.ok
+    stats = server.stats()["by_route"]
+    # The upload before it left a kept-alive connection, on which the reset looks stale: only we may send it again.
+    assert stats["/v1/batches/list"] >= 1
+    assert stats["/v1/batches"] == 2
