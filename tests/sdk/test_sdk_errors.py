@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import httpx
+import httpx2
 import pytest
 
-from llmmw import Coalescer, Retry, Stack, TTLCache
+from llmmw import CircuitBreaker, Coalescer, Deadline, RateLimiter, Retry, Stack, TTLCache
 from llmmw.testing.server import FaultRule
 
 CACHED = Stack(TTLCache(300), Coalescer())
@@ -71,6 +73,50 @@ async def test_route_04_the_sdk_does_not_multiply_our_attempts(connect, server):
         await driver.ask()
     assert server.stats(0)["received"] == 3
     assert driver.stats["retries"] == 2
+
+
+FINAL = {
+    "503": FaultRule(kind="status", status=503, retry_after="0"),
+    "529": FaultRule(kind="status", status=529, headers={"x-should-retry": "true"}),
+    "reset": FaultRule(kind="reset"),
+    "html": FaultRule(kind="html"),
+    "truncate": FaultRule(kind="truncate"),
+}
+
+
+@pytest.mark.parametrize("way", FINAL)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_route_04_final_failures_reach_the_server_three_times_at_most(connect, server, way, stream):
+    driver = connect(RETRYING, max_retries=2)
+    driver.without_sleeps()
+    server.add_fault(FINAL[way])
+    ask = driver.stream if stream else driver.ask
+    with pytest.raises((driver.errors.APIError, httpx.HTTPError, httpx2.HTTPError)):
+        await ask()
+    assert server.stats(0)["received"] <= 3
+    assert driver.stats["request_count"] == 1
+
+
+@pytest.mark.parametrize("refused", ["circuit open", "no permit in time"])
+async def test_route_04_refusals_of_ours_are_not_repeated(connect, server, refused):
+    if refused == "circuit open":
+        driver = connect(Stack(Retry(attempts=1), CircuitBreaker(consecutive=1)), max_retries=2)
+        server.add_fault(FaultRule(kind="status", status=500))
+        with pytest.raises(driver.errors.InternalServerError):
+            await driver.ask()
+        status, received = 503, 1
+    else:
+        driver = connect(Stack(Deadline(0.2), Retry(), RateLimiter(rpm=1)), max_retries=2)
+        await driver.ask()
+        status, received = 429, 1
+    driver.without_sleeps()
+    with pytest.raises(driver.errors.APIStatusError) as caught:
+        await driver.ask("another")
+    assert caught.value.status_code == status
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    assert server.stats(0)["received"] == received
+    assert driver.stats["request_count"] == 2
 
 
 async def test_without_a_retry_layer_the_sdk_retries_as_it_always_did(connect, server):
