@@ -417,9 +417,19 @@ async def test_batch_07_different_calls_never_share(clock: ManualClock) -> None:
         *start(batcher, "a", "b", temperature=1),
         *start(batcher, "a", "b", context=Context(tenant="t")),
     ]
+    apart = {
+        "credential": {"namespace": "another key's"},
+        "headers": {"native": (("authorization", "Bearer other"),)},
+        "version": {"variant": (("anthropic-beta", "x"),)},
+        "endpoint": {"target": "http://elsewhere/v1"},
+    }
+    for changes in apart.values():
+        calls = [chat_call(prompt).replace(**changes) for prompt in ("a", "b")]
+        tasks += [asyncio.ensure_future(batcher(call)) for call in calls]
     replies = await asyncio.gather(*tasks)
-    assert [reply.text for reply in replies] == ["echo: a", "echo: b"] * 4
-    assert sizes(upstream) == [2, 2, 2, 2]
+    assert [reply.text for reply in replies] == ["echo: a", "echo: b"] * 8
+    assert sizes(upstream) == [2] * 8
+    assert len({(call.namespace, call.native, call.variant, call.target) for call in upstream.calls}) == 5
 
 
 @manual_time
@@ -809,6 +819,34 @@ async def test_batch_08_endless_submits_wait_outside(clock: ManualClock) -> None
 
 
 @manual_time
+async def test_batch_08_ten_thousand_submits_at_a_slow_upstream_keep_its_bound(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=2)
+    batcher = bound(upstream, clock, max_queue=200, max_size=50)
+    gathering = batcher._gathering
+    most = 0
+
+    async def ask(number: int) -> str:
+        nonlocal most
+        reply = await batcher(chat_call(str(number)))
+        most = max(most, gathering.entrance.inside, len(gathering._plan) + 50 * len(gathering._tasks))
+        return reply.text
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ask(number)) for number in range(10_000)]
+        await asyncio.sleep(1)
+        gone = tasks[5000:9000]
+        for task in gone:
+            task.cancel()
+    assert most <= 250
+    left = [task for task in tasks if not task.cancelled()]
+    assert len(left) == 6000
+    assert [task.result() for task in left[:2]] == ["echo: 0", "echo: 1"]
+    assert upstream.peak <= 4
+    assert not gathering.entrance._outside
+    assert batcher.gauges() == {"waiting": 0, "active": 0, "joint": True}
+
+
+@manual_time
 async def test_batch_08_full_queue_refuses_where_wanted(clock: ManualClock) -> None:
     batcher = bound(BatchServer(), clock, max_queue=2, when_full="refuse")
     outcomes = await asyncio.gather(*start(batcher, "a", "b", "c"), return_exceptions=True)
@@ -857,6 +895,49 @@ async def test_batch_05_aclose_cancels_what_is_under_way(clock: ManualClock) -> 
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [errors.Closed] * 6
     assert upstream.cancelled == 1
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_batch_05_async_with_left_by_an_exception_leaves_nobody_waiting(drain: bool) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        upstream = WithBatch()
+        stack = Stack(Batcher(flush_interval=600, drain=drain))
+        tasks: list[asyncio.Task[Reply]] = []
+        with pytest.raises(Broken):
+            async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
+                tasks += [asyncio.ensure_future(engine.call(chat_call("busy")))]
+                await asyncio.sleep(0.1)
+                tasks += [asyncio.ensure_future(engine.call(chat_call(name))) for name in "abcde"]
+                await asyncio.sleep(0.1)
+                raise Broken
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        kinds = [type(outcome) for outcome in outcomes]
+        assert kinds == [Reply, *([Reply] if drain else [errors.Closed]) * 5]
+        assert sizes(upstream) == ([1, 5] if drain else [1])
+        with pytest.raises(errors.Closed):
+            await engine.call(chat_call("late"))
+
+    run()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_batch_05_call_that_races_the_closing_gets_an_answer_or_closed(turns: int) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        stack = Stack(Batcher(flush_interval=600, max_queue=3))
+        engine = stack.bind(WithBatch(), env=Env(clock=clock, seed=1))
+        tasks = [asyncio.ensure_future(engine.call(chat_call(str(number)))) for number in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing = asyncio.ensure_future(engine.aclose())
+        tasks += [asyncio.ensure_future(engine.call(chat_call(f"late {number}"))) for number in range(3)]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await closing
+        assert {type(outcome) for outcome in outcomes} <= {Reply, errors.Closed}
+        assert sum(isinstance(outcome, Reply) for outcome in outcomes) >= (5 if turns else 0)
+
+    run()
 
 
 @manual_time
