@@ -155,6 +155,11 @@ def forked_badly() -> bool:
     return _guard.tainted
 
 
+def taint() -> None:
+    """Say so, in a child, of a database that was in use outside these threads."""
+    _guard.tainted = True
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_guard.before, after_in_parent=_guard.in_parent, after_in_child=_guard.in_child)
 

@@ -151,6 +151,7 @@ class Keeper:
     def abandon(self) -> object:
         """After a fork: forget the parent's handle without closing it; whoever gets it keeps it alive."""
         rows, self._rows = self._rows, None
+        self._mapping = None
         self._retry.over()
         return rows
 

@@ -10,18 +10,39 @@ keeps it.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from typing import TYPE_CHECKING
 
+from llmmw.stores.iothread import taint
 from llmmw.stores.place import DATABASE, claimed, identity
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-_lock = threading.Lock()
-_mapped: dict[Mapping, tuple[int, int]] = {}
-"""What each open database has mapped: its `-shm` file."""
+
+class _Register:
+    """Of this process."""
+
+    def __init__(self) -> None:
+        self.mapped: dict[Mapping, tuple[int, int]] = {}
+        """What each open database has mapped: its `-shm` file."""
+        self.lock = threading.Lock()
+        self.opening = threading.Lock()
+
+    def after_fork(self) -> None:
+        """In the child. What is still open was open in another thread than those that stood still."""
+        if self.mapped:
+            taint()
+        self.mapped = {}
+        self.lock = threading.Lock()
+        self.opening = threading.Lock()
+
+
+_register = _Register()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_register.after_fork)
 
 
 class Mapping:
@@ -30,16 +51,13 @@ class Mapping:
     def __init__(self, directory: Path, database: str = DATABASE) -> None:
         self.file = identity(directory, database)
         """Which file it is."""
-        with _lock, contextlib.suppress(FileNotFoundError):
-            _mapped[self] = identity(directory, f"{database}-shm")
+        with _register.lock, contextlib.suppress(FileNotFoundError):
+            _register.mapped[self] = identity(directory, f"{database}-shm")
 
     def close(self) -> None:
         """It is closed. Idempotent."""
-        with _lock:
-            _mapped.pop(self, None)
-
-
-_opening = threading.Lock()
+        with _register.lock:
+            _register.mapped.pop(self, None)
 
 
 @contextlib.contextmanager
@@ -50,7 +68,7 @@ def opening(directory: Path, database: str = DATABASE) -> Generator[None]:
         BlockingIOError: another process is putting the database aside.
         OSError: the directory or the database is gone.
     """
-    with _opening, claimed(directory):
+    with _register.opening, claimed(directory):
         _drop_log_of_another(directory, database)
         yield
 
@@ -60,8 +78,8 @@ def _drop_log_of_another(directory: Path, database: str) -> None:
     log = None
     with contextlib.suppress(FileNotFoundError):
         log = identity(directory, f"{database}-shm")
-    with _lock:
-        is_foreign = any(mapped == log and mapping.file != file for mapping, mapped in _mapped.items())
+    with _register.lock:
+        is_foreign = any(mapped == log and mapping.file != file for mapping, mapped in _register.mapped.items())
     if is_foreign:
         for companion in ("-wal", "-shm"):
             (directory / f"{database}{companion}").unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import pytest
 from llmmw import events as ev
 from llmmw.env import Env
 from llmmw.stores import disk as disk_module
+from llmmw.stores import keeper as keeper_module
 from llmmw.stores.base import Match
 from llmmw.stores.disk import DiskStore
 from llmmw.stores.entry import Entry, Header
@@ -793,6 +794,54 @@ async def test_a_read_that_finds_the_database_locked_is_a_miss_and_closes_nothin
     assert await rig.store.get(KEY) is not None
     assert rig.troubles() == ["busy"]
     await rig.store.aclose()
+
+
+async def test_a_database_exchanged_while_it_is_opened_is_not_used(place, monkeypatch):
+    await stored(place)
+    other = place.parent / "other"
+    await stored(other)
+    real = keeper_module.check
+
+    def exchanging(directory, **options):
+        if (other / "cache.db").exists():
+            (other / "cache.db").rename(directory / "cache.db")
+        real(directory, **options)
+
+    rig = Rig(place)
+    monkeypatch.setattr(keeper_module, "check", exchanging)
+    assert await rig.store.get(KEY) is None
+    assert rig.troubles() == ["unavailable"]
+    rig.store._keeper._retry.until = 0.0
+    assert await rig.store.get(KEY) is not None
+    await rig.store.aclose()
+
+
+async def test_a_database_that_cannot_be_closed_is_a_counter(place, monkeypatch):
+    def fails(_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    rig = Rig(place)
+    await rig.store.get(KEY)
+    rows = rig.store._keeper._rows
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "close", fails)
+        await rig.store.aclose()
+    assert rig.troubles() == ["close"]
+    rows._table._connection = None
+
+
+async def test_an_invalidation_that_finds_the_database_locked_is_done_later(place):
+    await stored(place, (KEY, entry(tags=("t",))))
+    rig = Rig(place)
+    await rig.store.get(KEY)
+    lock = await asyncio.to_thread(Lock, place)
+    rig.store.discard(Match("tag", "t"))
+    while "busy" not in rig.troubles():
+        await asyncio.sleep(0.001)
+    assert await rig.store.get(KEY) is None
+    await asyncio.to_thread(lock.release)
+    await rig.store.aclose()
+    assert (await found_in(place))[0] is None
 
 
 async def test_a_database_far_above_its_size_says_so(place):

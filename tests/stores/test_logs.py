@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from llmmw.stores.iothread import forked_badly
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import prepare
 
@@ -70,3 +72,25 @@ def test_only_a_log_of_another_database_is_removed(tmp_path, exchange):
     (place / "cache.db-shm").write_bytes(b"log")
     with opening(place):
         assert (place / "cache.db-shm").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_child_forked_while_a_database_is_open_in_another_thread_does_without_the_disk(tmp_path, is_open):
+    tmp_path.chmod(0o700)
+    place = tmp_path / "cache"
+    prepare(place)
+    (place / "cache.db-shm").write_bytes(b"log")
+    mapping = Mapping(place)
+    if not is_open:
+        mapping.close()
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            status = int(forked_badly())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == is_open
+    mapping.close()
+    assert not forked_badly()
