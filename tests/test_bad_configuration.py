@@ -68,7 +68,7 @@ WRONG = {
         "network_directory": SWITCH,
         "codec": ("zip", 1, NOTHING),
     },
-    Coalescer: {"finish_orphans": SWITCH, "buffer_bytes": WHOLE + NO_NONE},
+    Coalescer: {"finish_orphans": SWITCH, "buffer_bytes": WHOLE + NO_NONE, "lease": POSITIVE},
     ErrorRouter: {
         "fallbacks": (None, URL, 7, [""], ["host:8000"], [None], [7], [HTTPEndpoint], NOTHING),
         "max_total_attempts": WHOLE + NO_NONE,
