@@ -368,3 +368,50 @@ async def test_a_fork_leaves_the_parents_leases_as_they_are(place):
     await closed(one)
     assert leases(place) == []
     assert one.troubles() in ([], ["write under a lost lease"])
+
+
+async def test_what_goes_wrong_while_it_looks_once_more_gives_the_lease_back(place):
+    one = Process(place)
+    fetch = one.cache._store.fetch
+    looks = []
+
+    async def broken(key):
+        looks.append(key)
+        if len(looks) == 2:  # the first is the caller's own
+            raise MemoryError
+        return await fetch(key)
+
+    one.cache._store.fetch = broken
+    with pytest.raises(MemoryError):
+        await one.ask()
+    await seen(lambda: not leases(place))
+    one.go.set()
+    assert (await one.ask())[0] == "upstream"
+    await closed(one)
+
+
+async def test_a_lease_folder_that_must_not_be_used_costs_a_duplicate_at_most(place):
+    (place / FOLDER).mkdir(parents=True)
+    place.chmod(0o700)
+    (place / FOLDER).chmod(0o777)  # anybody could exchange what is in it
+    one = Process(place)
+    one.go.set()
+    assert [(await one.ask())[0] for _ in range(2)] == ["upstream", "cache"]
+    assert one.warnings() == ["cache: lease"]
+    assert not list((place / FOLDER).iterdir())
+    await closed(one)
+
+
+async def test_a_table_spoilt_while_it_is_used_is_put_aside_and_the_answer_given(place):
+    one = Process(place)
+    task = one.ask()
+    await one.asked.wait()
+    database = place / FOLDER / "cache.db"
+    connection = sqlite3.connect(database)
+    connection.execute("DROP TABLE Lease")
+    connection.close()
+    one.go.set()
+    assert (await task)[0] == "upstream"
+    await seen(lambda: "write under a lost lease" in one.troubles())  # what cannot be told is not written
+    assert (await one.ask())[0] == "cache"
+    await closed(one)
