@@ -30,6 +30,7 @@ from llmmw.layers.flight import current_flight
 from llmmw.layers.limit import RateLimiter
 from llmmw.layers.timeout import Timeout
 from llmmw.order import Role
+from llmmw.stack import Stack
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_body, chat_call, chat_chunks, error_reply
 
@@ -502,6 +503,29 @@ async def test_coalesce_06_an_endpoint_sees_no_caller_s_context_variables(clock)
     await asyncio.gather(caller("A", same()), caller("B", same()))
     await asyncio.gather(*(caller(name, same().replace(inherits_context=True)) for name in "AB"))
     assert seen == ["nobody", "A"]
+
+
+@manual_time
+async def test_coalesce_06_a_followers_hooks_and_traces_see_the_follower(clock):
+    """Tenants of one shared namespace: what is told of B's call is told in B's context and names B, never A."""
+    told = []
+    env = Env(clock=clock, sinks=(lambda event: told.append((type(event).__name__, who.get(), event)),))
+    engine = Stack(TTLCache(300), Coalescer()).bind(FakeUpstream(latency_s=1), env=env)
+
+    async def caller(name):
+        who.set(name)
+        reply = await engine.call(same(context=Context(agent=name)))
+        return who.get(), reply.source
+
+    found = await asyncio.gather(caller("A"), caller("B"))
+    assert found == [("A", "upstream"), ("B", "coalesced")]
+    for kind in ("CallStarted", "CallEnded"):
+        assert [(trace, event.agent) for name, trace, event in told if name == kind] == [("A", "A"), ("B", "B")]
+    assert [(trace, event.agent) for name, trace, event in told if name == "Coalesced"] == [("B", "B")]
+    assert {trace for name, trace, _ in told if name.startswith("Upstream")} == {"nobody"}
+    agents = engine.get_performance_stats()["by_agent"]
+    assert (agents["A"]["upstream_requests"], agents["B"]["upstream_requests"], agents["B"]["coalesced"]) == (1, 0, 1)
+    await engine.aclose()
 
 
 @manual_time
