@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
 from llmmw.stores.logs import Mapping, opening
-from llmmw.stores.place import Refused, check, identity, prepare, quarantine
+from llmmw.stores.place import DATABASE, Refused, check, identity, prepare, quarantine
 from llmmw.stores.schema import Corrupt
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Keeper:
 
     def __init__(self, directory: Path, env: Env, *, max_bytes: int, codec: Codec | None, network: bool) -> None:
         self._directory = directory
+        self._path = str(directory / DATABASE)
         self._env = env
         self._max_bytes = max_bytes
         self._codec = codec
@@ -159,7 +161,8 @@ class Keeper:
         """The database, if it can be had now; opened anew where another file (or none) has taken its place."""
         if self._rows is not None:
             try:
-                if identity(self._directory) == self._file:
+                found = os.lstat(self._path)
+                if (found.st_dev, found.st_ino) == self._file:
                     return self._rows
             except OSError:
                 pass  # deleted, or out of reach: opening will tell

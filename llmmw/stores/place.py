@@ -147,7 +147,7 @@ def identity(directory: Path, database: str = DATABASE) -> tuple[int, int]:
     Raises:
         OSError: there is none.
     """
-    found = os.lstat(f"{directory}/{database}")  # before every read, and Path.lstat takes twice as long
+    found = (directory / database).lstat()
     return found.st_dev, found.st_ino
 
 
