@@ -166,6 +166,13 @@ class Circuit:
             if decisive or self._streak.failed(ticket.number, enough) >= enough or self._fails_often():
                 self._open(now, draw, asked_s)
 
+    def renew(self) -> None:
+        """Begin anew, for somebody else; what is under way belongs to the past."""
+        if self._failures_in_row:
+            self._failures_in_row = 0
+            self._open_until = self._paced_at = 0.0
+        self._turn("closed")
+
     def release(self) -> None:
         """Calls in flight are lost without outcome (fork, new home loop): free the probe."""
         self._lease_until = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from llmmw.algo.circuit import Circuit, CircuitRules
+from llmmw.algo.circuit import CircuitRules
 from llmmw.call import Reply
 from llmmw.errors import CircuitOpen
 from llmmw.events import CircuitChanged, RefusedEarly
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
 from llmmw.layers.attempt import exchange_of
 from llmmw.layers.base import Bound, Positioned
+from llmmw.layers.lines import Line, Lines
 from llmmw.order import Role
 from llmmw.settings import number, positive_seconds, settings, whole
 from llmmw.stream import at_end
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from llmmw.call import Call, Handler
     from llmmw.env import Env
     from llmmw.stream import End
-
-_MAX_CIRCUITS = 1024
-"""Model names come from callers; beyond so many, the circuit that was not needed for longest is forgotten."""
-
-_SPARED = 8
-"""So many circuits that are not closed stay when it is their turn to be forgotten; more, and one must go."""
-
-_REMEMBERED_EXCHANGES = 64
 
 
 @settings
@@ -90,49 +82,13 @@ class CircuitBreaker(Positioned):
         return BoundBreaker(inner, env, rules)
 
 
-class _Line:
-    """A circuit with what belongs to it: one of an endpoint's model, or of a credential there."""
-
-    __slots__ = ("circuit", "exchanges", "refusal", "told", "why")
-
-    def __init__(self, rules: CircuitRules) -> None:
-        self.circuit = Circuit(rules)
-        self.told = "closed"
-        self.exchanges: deque[int] = deque(maxlen=_REMEMBERED_EXCHANGES)
-        self.refusal: Reply | Exception | None = None
-        self.why = ""
-
-
-class _Lines(OrderedDict[Any, _Line]):
-    """Circuits by key, bounded; the least recently used comes first."""
-
-    def find(self, key: tuple[str, ...]) -> _Line | None:
-        """The line, which is used now."""
-        line = self.get(key)
-        if line is not None:
-            self.move_to_end(key)
-        return line
-
-    def make(self, key: tuple[str, ...], rules: CircuitRules) -> _Line:
-        """A new line, at the expense of the least recently used; one that is not closed rather stays."""
-        for _ in range(_SPARED if len(self) >= _MAX_CIRCUITS else 0):
-            oldest, line = next(iter(self.items()))
-            if line.circuit.state == "closed":
-                break
-            self.move_to_end(oldest)
-        while len(self) >= _MAX_CIRCUITS:
-            self.popitem(last=False)
-        line = self[key] = _Line(rules)
-        return line
-
-
 class _Admitted(msgspec.Struct, frozen=True):
     """A call that was let through, and to whom its outcome is owed."""
 
     call: Call
-    line: _Line
+    line: Line
     ticket: Ticket
-    credential: _Line | None
+    credential: Line | None
     own_ticket: Ticket | None
 
 
@@ -151,9 +107,8 @@ class BoundBreaker(Bound):
 
     def __init__(self, inner: Handler, env: Env, rules: CircuitRules) -> None:
         super().__init__(inner, env)
-        self._rules = rules
-        self._endpoints = _Lines()
-        self._credentials = _Lines()
+        self._endpoints = Lines(rules)
+        self._credentials = Lines(rules)
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer, unless the endpoint rests; its outcome is taken in at the end of the body.
@@ -169,7 +124,7 @@ class BoundBreaker(Bound):
             if own_ticket is None:
                 return self._refused_again(call, credential, now)
         key = (call.target, call.model)
-        line = self._endpoints.find(key) or self._endpoints.make(key, self._rules)
+        line = self._endpoints.of(key)
         ticket = line.circuit.admit(now, alone=call.alone)
         if ticket is None:
             if credential is not None and own_ticket is not None:
@@ -229,8 +184,7 @@ class BoundBreaker(Bound):
         result = _speaks(fault)
         if exchange:
             # One request that failed for many calls is one failure.
-            result = "neutral" if exchange in line.exchanges else result
-            line.exchanges.append(exchange)
+            result = "neutral" if line.is_known(exchange) else result
         line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
         if self._tell(call, line) == "open":
             self._shed(call, line)
@@ -245,7 +199,7 @@ class BoundBreaker(Bound):
         if line is None and hurts:
             call = admitted.call
             key = (call.target, call.model, call.namespace)
-            line = self._credentials.find(key) or self._credentials.make(key, self._rules)
+            line = self._credentials.of(key)
             ticket = line.circuit.admit(now)
         if line is None or ticket is None:
             return
@@ -259,7 +213,7 @@ class BoundBreaker(Bound):
         line.circuit.record(ticket, result, now, draw=draw, decisive=decisive)
         self._tell(admitted.call, line, " (credential)")
 
-    def _tell(self, call: Call, line: _Line, whose: str = "") -> str:
+    def _tell(self, call: Call, line: Line, whose: str = "") -> str:
         """Emit a change of state; the new state, or "" where it is the same."""
         state = line.circuit.state
         if state == line.told:
@@ -268,14 +222,14 @@ class BoundBreaker(Bound):
         self.env.emit(CircuitChanged(call.target + whose, state))
         return state
 
-    def _shed(self, call: Call, line: _Line) -> None:
+    def _shed(self, call: Call, line: Line) -> None:
         """Fail at once what waits below for the endpoint that was just declared dead."""
         inner = self.inner
         while isinstance(inner, Bound):
             inner.shed(call, lambda: self._open_error(call, line))
             inner = inner.inner
 
-    def _open_error(self, call: Call, line: _Line) -> CircuitOpen:
+    def _open_error(self, call: Call, line: Line) -> CircuitOpen:
         now = self.env.clock.monotonic()
         retry_at = line.circuit.retry_at(now, alone=call.alone)
         where = call.target or "the endpoint"
@@ -285,7 +239,7 @@ class BoundBreaker(Bound):
             retry_after_s=retry_at - now,
         )
 
-    def _refused_again(self, call: Call, line: _Line, now: float) -> Reply:
+    def _refused_again(self, call: Call, line: Line, now: float) -> Reply:
         """What the server would say: its own refusal, without asking it."""
         self.env.emit(RefusedEarly("breaker", "credential refused"))
         if isinstance(line.refusal, Reply):

@@ -461,3 +461,19 @@ async def test_security_08_kept_refusal_holds_no_object_of_the_sdk(clock: Manual
     assert (await breaker(chat_call())).native is told.native
     again = await breaker(chat_call())
     assert (again.status, again.data, again.native) == (401, told.data, None)
+
+
+@manual_time
+async def test_calls_of_a_forgotten_model_are_not_charged_to_another(clock: ManualClock) -> None:
+    async def slow(_: Call) -> Reply:
+        await asyncio.sleep(60)
+        return error_reply(500)
+
+    breaker = bound(FakeUpstream([slow] * 5), clock)
+    late = [asyncio.ensure_future(breaker(chat_call().replace(model="slow"))) for _ in range(5)]
+    await asyncio.sleep(0)
+    for number in range(1100):
+        await breaker(chat_call().replace(model=f"m{number}"))
+    assert {reply.status for reply in await asyncio.gather(*late)} == {500}
+    assert breaker.gauges() == {"not_closed": 0, "credentials_not_closed": 0}
+    assert (await breaker(chat_call().replace(model="slow"))).ok
