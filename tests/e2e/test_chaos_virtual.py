@@ -80,6 +80,7 @@ class Moody(FakeUpstream):
         self._until = 0.0
         self.capabilities = frozenset(name for name in ("idempotent", "batch:chat") if rng.random() < 0.5)
         self.serial = 0
+        self.on_leave = lambda: None
         self.whole = {}
 
     def mood(self):
@@ -101,6 +102,7 @@ class Moody(FakeUpstream):
             raise
         finally:
             self.in_flight -= 1
+            self.on_leave()
 
     def _outcome(self, call):
         rng = self._dice
@@ -219,9 +221,10 @@ class Day:
         self.upstreams = [Moody(rng, f"http://{n}.test/v1") for n in range(rng.choice([1, 1, 2, 3]))]
         self.stack = random_stack(rng, self.upstreams[1:])
         self.outcomes = Counter()
-        self.drawn = Counter()
+        self.under_way = []
+        for upstream in self.upstreams:
+            upstream.on_leave = self._cancel_somebody
         self.problems = []
-        self.lived = False
 
     def live(self):
         self.clock.run(self._main())
@@ -274,7 +277,7 @@ class Day:
 
     async def _meddle(self):
         rng = self.rng
-        while True:
+        for _ in range(1000):
             await asyncio.sleep(rng.expovariate(1))
             if rng.random() < 0.5:
                 self.engine.tick()
@@ -322,9 +325,9 @@ class Day:
     async def _one(self, call):
         """Make one call, get into its way, and note its one outcome."""
         rng, loop = self.rng, asyncio.get_running_loop()
-        before = self.watch.calls["begun"]
         notes = {}
         task = asyncio.ensure_future(self._answered(call, notes))
+        self.under_way.append(task)
         way = rng.randrange(10)
         if way == 0:
             loop.call_later(rng.choice([0, 0.01, 0.1, 1, 10]) * rng.random(), task.cancel)
@@ -346,7 +349,14 @@ class Day:
         if not notes.get("entered"):
             how = "at the door"
         self.outcomes[how] += 1
-        del before
+        self.under_way.remove(task)
+
+    def _cancel_somebody(self):
+        """Just when a call ends others are woken, and some of those who are woken leave in the same moment."""
+        rng = self.rng
+        if self.under_way and rng.random() < 0.15:
+            for task in rng.sample(self.under_way, min(3, len(self.under_way))):
+                self._cancel_after_turns(task, rng.randrange(8))
 
     def _cancel_after_turns(self, task, turns):
         if turns and not task.done():
