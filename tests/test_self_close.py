@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from llmmw import Coalescer, Stack
-from llmmw.engine.inside import is_inside
+from llmmw.endpoints.running import runs_inside
 from llmmw.errors import Closed
 from llmmw.testing import FakeUpstream, chat_call, manual_time
 
@@ -121,11 +121,11 @@ def test_nothing_is_inside_after_the_call():
 
     @Stack().wrap
     async def ask(text):
-        seen.append(is_inside(ask.engine._calls))
+        seen.append(runs_inside(ask.engine._endpoints))
 
     async def main():
         await ask("x")
-        seen.append(is_inside(ask.engine._calls))
+        seen.append(runs_inside(ask.engine._endpoints))
         await ask.aclose()
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ import msgspec
 from llmmw.answer import NO_USAGE, Usage, usage_of
 from llmmw.call import Item, Reply
 from llmmw.endpoints.base import counted
+from llmmw.endpoints.running import as_part_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -62,7 +63,7 @@ class FunctionEndpoint:
         invocation: Invocation = call.native
         if self._kind == "async generator":
             return Reply(chunks=ValueChunks(self._function(*invocation.args, **invocation.kwargs), self._codec))
-        value = await self._run(invocation)
+        value = await as_part_of(self, self._run(invocation))
         return Reply(data=self._codec.encode(value), native=value, usage=usage_in(value))
 
     async def _run(self, invocation: Invocation) -> Any:

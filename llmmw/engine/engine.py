@@ -10,12 +10,12 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
+from llmmw.endpoints.running import runs_inside
 from llmmw.engine.changing import Changing
 from llmmw.engine.closing import DRAIN_S, close_all, closed_error, give_up, note_or_raise, patience_after
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
-from llmmw.engine.inside import inside, is_inside
 from llmmw.engine.keeping import Keeping
 from llmmw.engine.readers import GuardedChunks, bridged, whose
 from llmmw.errors import Closed
@@ -154,7 +154,7 @@ class Engine(Forgetting, Keeping, Changing):
         try:
             layered = self._handler if call.context.deadline is None else self._timely
             handler = self._endpoints[0] if call.direct else layered
-            reply = await (inside(self._calls, number, handler, call) if call.inherits_context else handler(call))
+            reply = await handler(call)
         except BaseException as error:
             result: CallResult = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             self._finish(number, result, began, agent, NO_USAGE, type(error).__name__)
@@ -249,7 +249,7 @@ class Engine(Forgetting, Keeping, Changing):
         """Whether the running code is part of a call of ours."""
         flight = current_flight()
         shared = flight is not None and flight.runs and any(flight.owner is bound for _, bound in self._bounds)
-        return shared or is_inside(self._calls)
+        return shared or runs_inside(self._endpoints)
 
     async def _close(self, task: asyncio.Task[Any] | None, drain_timeout: float, closer: object) -> None:
         for _, bound in self._bounds:

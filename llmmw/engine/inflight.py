@@ -30,9 +30,6 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._tasks
-
     def begin(self, task: asyncio.Task[Any] | None) -> int:
         """A call started in this task; returns its number."""
         self._last = number = self._last + 1
