@@ -14,7 +14,7 @@ import msgspec
 
 from llmmw.answer import problem_with
 from llmmw.errors import ProtocolError
-from llmmw.wire.strict import MAX_WHOLE, open_json
+from llmmw.wire.strict import MAX_WHOLE, read_json
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -86,13 +86,13 @@ def url_of(base_url: str, op: str) -> str:
 
 
 def read_answer(op: str, data: bytes, *, endpoint: str = "", content_type: str = "") -> Any:
-    """The decoded body of a success response to a known operation; of a large one its shape (see `open_json`).
+    """The decoded body of a success response to a known operation.
 
     Raises:
         ProtocolError: the body is no answer (HTML, cut-off JSON, an error object, no choices).
     """
     try:
-        value = open_json(data)
+        value = read_json(data)
     except (ValueError, RecursionError) as error:
         if data.lstrip()[:1] == b"<":
             _no_answer(f"an HTML or XML page instead of JSON ({content_type or 'no content type'})", endpoint)

@@ -12,11 +12,15 @@ import msgspec
 
 from llmmw.answer import NO_USAGE, Usage, items, mapping, usage_of
 from llmmw.errors import ResponseTooLarge
+from llmmw.wire.strict import worth
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+_LARGE = 64 * 1024
+_MAX_WORTH = 16 * 1024 * 1024
+"""What a large event may take when it is decoded: half a million numbers, 0.1 s. Two million lists would take 3 s."""
 
 
 class ServerEvent(msgspec.Struct, frozen=True):
@@ -170,6 +174,8 @@ class StreamWatch:
         if event.data == b"[DONE]":
             self._terminated = True
             return
+        if len(event.data) > _LARGE and worth(event.data) > _MAX_WORTH:
+            raise ResponseTooLarge("an event of the stream holds too many values")
         try:
             decoded = msgspec.json.decode(event.data)
         except (msgspec.DecodeError, RecursionError):
