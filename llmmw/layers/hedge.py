@@ -117,7 +117,7 @@ class Hedger:
 
     def _told(self, request: _Request, call: Call) -> Attempt:
         """The history entry of the request that did not count."""
-        outcome = request.outcome() if request.done and not request.cancelled else None
+        outcome = request.outcome() if request.done and not (request.cancelled or request.interrupted) else None
         fault = None if outcome is None else classify(outcome, wall=self._clock.wall())
         if outcome is None or fault is None:
             return Attempt(call.target, FaultKind.CANCELLED.value, None, "hedged")
@@ -145,7 +145,7 @@ class _Request:
         self._delay = math.inf
         self._slow: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[Reply | Exception] | None = None
+        self._task: asyncio.Task[Reply | BaseException] | None = None
 
     @property
     def done(self) -> bool:
@@ -160,21 +160,36 @@ class _Request:
     @property
     def answered(self) -> bool:
         """Whether the server accepted it."""
-        if not self.done or self.cancelled:
-            return False
-        outcome = self.outcome()
-        return isinstance(outcome, Reply) and outcome.ok
+        found = None if not self.done or self.cancelled else self.task.result()
+        return isinstance(found, Reply) and found.ok
 
     @property
-    def task(self) -> asyncio.Task[Reply | Exception]:
+    def interrupted(self) -> bool:
+        """Whether the user's function raised KeyboardInterrupt, SystemExit or their like."""
+        found = None if not self.done or self.cancelled else self.task.result()
+        return isinstance(found, BaseException) and not isinstance(found, Exception)
+
+    @property
+    def task(self) -> asyncio.Task[Reply | BaseException]:
         """The request under way; made when it is first asked for."""
         if self._task is None:
-            self._task = asyncio.create_task(make_attempt(self._inner, self.call, self._clock))
+            self._task = asyncio.create_task(self._ask())
         return self._task
 
+    async def _ask(self) -> Reply | BaseException:
+        try:
+            return await make_attempt(self._inner, self.call, self._clock)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as interrupt:  # noqa: BLE001 — a task that raises it would end the loop, not the call
+            return interrupt
+
     def outcome(self) -> Reply | Exception:
-        """What became of it, once it is done."""
-        return self.task.result()
+        """What became of it, once it is done; an interrupt is raised."""
+        found = self.task.result()
+        if isinstance(found, Reply | Exception):
+            return found
+        raise found
 
     async def slow_or_done(self, delay: float) -> None:
         """Send it; returns when it is done, or when it was sent `delay` seconds ago."""
@@ -209,10 +224,10 @@ class _Request:
 
 
 async def _best(requests: Sequence[_Request]) -> _Request:
-    """The first that is answered; if none is, the first request of all, whose failure is the call's."""
+    """The first that is answered (or interrupted); if none is, the first of all, whose failure is the call's."""
     while True:
         for request in requests:
-            if request.answered:
+            if request.answered or request.interrupted:
                 return request
         under_way = {request.task for request in requests if not request.done}
         if not under_way:

@@ -330,6 +330,30 @@ async def test_functions_own_exceptions_and_cancellations_come_through(clock: Ma
     assert calls == USUAL + 2
 
 
+@pytest.mark.parametrize("wish", [KeyboardInterrupt, SystemExit], ids=lambda kind: kind.__name__)
+def test_interrupt_inside_a_function_ends_its_call_and_not_the_loop(wish: type[BaseException]) -> None:
+    calls = 0
+
+    async def ask(temperature: int = 0) -> int:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(1.0 if calls < 3 else 0.9)
+        if calls == USUAL + 1:
+            raise wish
+        return temperature
+
+    async def run() -> None:
+        wrapped = Stack(HEDGED).wrap(ask, env=Env(clock=clock))
+        for _ in range(USUAL):
+            await wrapped()
+        with pytest.raises(wish):
+            await wrapped()
+        assert await wrapped() == 0
+
+    clock = ManualClock()
+    clock.run(run())
+
+
 @manual_time
 async def test_never_more_than_a_twentieth_under_random_load(clock: ManualClock) -> None:
     chance = random.Random(3)
