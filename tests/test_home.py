@@ -131,3 +131,41 @@ def test_a_close_that_begins_while_its_home_ends_leaves_no_task_behind(caplog):
     gc.collect()
     assert [record.message for record in caplog.records] == []
     assert own_threads() == []
+
+
+def test_a_call_that_reaches_its_home_while_that_says_goodbye_is_begun_elsewhere(caplog):
+    """It was sent while the loop lived, and arrives when the sockets are being closed: nothing is begun there."""
+    loops, threads, found = [], [], []
+
+    class Noting(FakeUpstream):
+        async def __call__(self, call):
+            loops.append(asyncio.get_running_loop())
+            return await super().__call__(call)
+
+        def rehome(self):
+            """The last thing that happens on a home."""
+            if not threads:
+                thread = threading.Thread(target=lambda: found.append(engine.call_sync(chat_call("late")).text))
+                threads.append(thread)
+                bridged = len(engine._home._bridged)
+                engine._home._dying, dying = None, engine._home._dying  # as the caller saw it a moment ago
+                thread.start()
+                while len(engine._home._bridged) == bridged:
+                    pass
+                engine._home._dying = dying
+
+    upstream = Noting(latency_s=0.01)
+    engine = Stack().bind(upstream)
+
+    async def main():
+        loops.append(asyncio.get_running_loop())
+        await engine.call(chat_call("home"))
+
+    asyncio.run(main())
+    threads[0].join(20)
+    assert found == ["echo: late"]
+    assert [loop is loops[0] for loop in loops] == [True, True, False]
+    engine.close()
+    gc.collect()
+    assert [record.message for record in caplog.records] == []
+    assert own_threads() == []

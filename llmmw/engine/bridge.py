@@ -34,6 +34,7 @@ class Bridged(Generic[T]):
     Args:
         loop: the home.
         make: builds the coroutine.
+        may_start: asked on the loop; False lets the work only wait there for the loop's end.
         on_dying: told when the loop cancels its tasks because it ends; True leaves the result to whoever knows its end.
     """
 
@@ -41,24 +42,26 @@ class Bridged(Generic[T]):
         self,
         loop: asyncio.AbstractEventLoop,
         make: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        may_start: Callable[[], bool],
         on_dying: Callable[[], bool],
     ) -> None:
         self.result: concurrent.futures.Future[T] = concurrent.futures.Future()
         self.task: asyncio.Task[tuple[T, None] | tuple[None, BaseException]] | None = None
         self._loop = loop
         self._make = make
+        self._may_start = may_start
         self._on_dying = on_dying
         self._run: object = None
         self._timer: weakref.ref[asyncio.TimerHandle] | None = None
 
-    def send(self, *, start: bool = True) -> None:
-        """Hand it to the loop, from any thread; without `start` it only waits there for the loop's end.
+    def send(self) -> None:
+        """Hand it to the loop, from any thread.
 
         Raises:
             RuntimeError: the loop is closed.
         """
-        work = self._start if start else self._stay
-        self._loop.call_soon_threadsafe(work, _Unanswered(self.result))
+        self._loop.call_soon_threadsafe(self._start, _Unanswered(self.result))
 
     def lose(self) -> None:
         """The loop is gone: the caller must go elsewhere."""
@@ -74,6 +77,8 @@ class Bridged(Generic[T]):
         if self.result.done():
             return
         self._stay(token)
+        if not self._may_start():
+            return
         self._run = _current_run()
         self.task = self._loop.create_task(_outcome(self._make))
         self.task.add_done_callback(self._deliver)

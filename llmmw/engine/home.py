@@ -267,11 +267,16 @@ class Home:
             doubtful = self._in_doubt()
             if not doubtful and not loop.is_running():
                 raise HomeLost
-            bridged = Bridged(loop, make, lambda: self._is_dying(loop))
+            bridged = Bridged(
+                loop,
+                make,
+                # What a dying loop would only begin waits for its end, and then goes elsewhere.
+                may_start=lambda: not doubtful and self._dying is not loop,
+                on_dying=lambda: self._is_dying(loop),
+            )
             self._bridged[key := id(bridged)] = bridged
             try:
-                # What a dying loop would only begin waits for its end, and then goes elsewhere.
-                bridged.send(start=not doubtful and self._dying is not loop)
+                bridged.send()
             except RuntimeError:  # closed between the check and here
                 del self._bridged[key]
                 raise HomeLost from None
