@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmmw.events import CacheTrouble, Warned
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import DATABASE, Refused, check, identity, prepare, quarantine
-from llmmw.stores.schema import Corrupt
+from llmmw.stores.schema import BadRow, Corrupt, Unsealable, is_busy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,12 +86,10 @@ class Keeper:
 
     def _is_bad_row(self, error: Exception) -> bool:
         """Whether only one row is broken; anything else is dealt with here."""
-        from llmmw.stores.rows import BadRow  # noqa: PLC0415 — diskcache is imported on this thread only
-
         if isinstance(error, BadRow):
             self.trouble("bad row")
             return True
-        if _is_locked(error):
+        if is_busy(error):
             self.trouble("busy")
         else:
             self._failed(error)
@@ -126,7 +124,7 @@ class Keeper:
         try:
             act(rows)
         except Exception as error:  # noqa: BLE001 — see get
-            if not _is_locked(error):
+            if not is_busy(error):
                 self._write_failed(error)
                 return None
             self._busy += 1
@@ -171,10 +169,9 @@ class Keeper:
         return None if self.down else self._open()
 
     def _open(self) -> Rows | None:
-        from llmmw.stores.rows import Rows  # noqa: PLC0415 — see _is_bad_row
-
-        self.opened = True
         try:
+            from llmmw.stores.rows import Rows  # noqa: PLC0415 — diskcache is imported on this thread only
+
             prepare(self._directory, network=self._network)
             with opening(self._directory):
                 self._file = identity(self._directory)
@@ -189,11 +186,10 @@ class Keeper:
             self.trouble("refused", f"the cache directory is not used: {error}")
         except Exception as error:  # noqa: BLE001 — see get
             self._failed(error)
+        self.opened = True
         return self._rows
 
     def _write_failed(self, error: Exception) -> None:
-        from llmmw.stores.rows import Unsealable  # noqa: PLC0415 — see _is_bad_row
-
         if isinstance(error, Unsealable):
             self.trouble("codec", f"the codec cannot seal what is to be written, so it is not written: {error}")
         elif getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_WRITES:
@@ -214,7 +210,7 @@ class Keeper:
         if broken:
             self._quarantine(error)
             return
-        locked = isinstance(error, BlockingIOError) or _is_locked(error)
+        locked = isinstance(error, BlockingIOError) or is_busy(error)
         self.trouble(
             "busy" if locked else "unavailable",
             "" if locked else f"the cache on disk does not work and memory does its job: {_short(error)}",
@@ -263,12 +259,6 @@ class _Pause:
         """It works."""
         self.until = float("-inf")
         self._length_s = _FIRST_RETRY_S
-
-
-def _is_locked(error: Exception) -> bool:
-    from llmmw.stores.table import is_busy  # noqa: PLC0415 — diskcache is imported on the I/O thread only
-
-    return is_busy(error)
 
 
 def _short(error: Exception) -> str:

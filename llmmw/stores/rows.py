@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmmw.stores.entry import BadEntry, NewerEntry, decode_entry, encode_entry
+from llmmw.stores.schema import BadRow, Unsealable
 from llmmw.stores.table import MAX_VALUE_BYTES, Table
 
 if TYPE_CHECKING:
@@ -23,16 +24,8 @@ _MAX_NAME_BYTES = 255
 Obstacle = Literal["log too long", "too full"]
 
 
-class BadRow(Exception):
-    """One row is not what we wrote."""
-
-
-class Unsealable(Exception):
-    """The codec did not do its work; the message says no more than the kind of its error, which may hold anything."""
-
-
 class Rows:
-    """An open database; every method on one thread. Any may raise `sqlite3.Error`; see `table.is_busy`.
+    """An open database; every method on one thread. Any may raise `sqlite3.Error`; see `is_busy`.
 
     Args:
         directory: a place that `prepare` has checked.

@@ -48,6 +48,20 @@ class Corrupt(Exception):
     """The database is not what we wrote."""
 
 
+class BadRow(Exception):
+    """One row is not what we wrote."""
+
+
+class Unsealable(Exception):
+    """The codec did not do its work; the message says no more than the kind of its error, which may hold anything."""
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether another process holds the lock, so that trying again soon may help."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
 def connect(directory: Path, timeout_s: float) -> sqlite3.Connection:
     """A connection to an existing database that runs nothing it finds there; busy is an error after `timeout_s`.
 

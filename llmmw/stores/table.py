@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import diskcache  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
 from llmmw.stores.place import DATABASE, Refused
-from llmmw.stores.schema import SETTINGS, connect, inspect
+from llmmw.stores.schema import SETTINGS, connect, inspect, is_busy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -40,12 +40,6 @@ _ROW_BYTES = 200
 """What a row takes besides its value."""
 _BATCH = 200
 """Rows deleted in one transaction, so that other processes' writes get in between."""
-
-
-def is_busy(error: Exception) -> bool:
-    """Whether another process holds the lock, so that trying again soon may help."""
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types

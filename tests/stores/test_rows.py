@@ -12,7 +12,8 @@ from llmmw.stores import table
 from llmmw.stores.base import Match
 from llmmw.stores.entry import Entry, Header
 from llmmw.stores.place import Refused, prepare
-from llmmw.stores.rows import BadRow, Rows, Unsealable, _split
+from llmmw.stores.rows import Rows, _split
+from llmmw.stores.schema import BadRow, Unsealable
 from llmmw.stores.table import BytesDisk
 
 
