@@ -35,7 +35,7 @@ _LINKS_OR_DATA = frozenset({"image", "video", "audio"})
 """Hold a link, or the content itself in base64, in some embedding APIs."""
 _LIVE_TOOLS = ("web_search", "web_fetch", "file_search", "mcp", "url_context", "google_search")
 """Types of tools that the server itself runs, over content that changes."""
-_LIVE_FIELDS = ("web_search_options", "search_parameters", "mcp_servers")
+_LIVE_FIELDS = ("web_search_options", "search_parameters", "mcp_servers", "plugins")
 SCALARS = frozenset({str, int, bool, type(None)})
 
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode

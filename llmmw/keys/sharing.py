@@ -40,7 +40,8 @@ TRANSPORT_FIELDS = frozenset({
 """Body fields that cannot change the answer; every other field counts. The last two are vLLM's (name of the
 request, place in its queue)."""
 
-_SPECIAL = TRANSPORT_FIELDS | {"extra_body", "conversation"}
+_KEPT_BY_SERVER = ("conversation", "container")
+_SPECIAL = TRANSPORT_FIELDS | {"extra_body", *_KEPT_BY_SERVER}
 _MAX_LANES = 500_000
 
 
@@ -89,8 +90,8 @@ def wire_body(body: Mapping[str, Any], call: Call) -> tuple[dict[str, Any], Call
         merged.update(cast("dict[str, Any]", extra))
     elif extra is not None:
         raise Uncacheable("extra_body that is not a mapping")
-    if merged.get("conversation") is not None and call.op == "responses":
-        raise Uncacheable("conversation kept by the server")
+    if call.op in {"messages", "responses"} and any(merged.get(name) is not None for name in _KEPT_BY_SERVER):
+        raise Uncacheable("state kept by the server")
     headers = merged.get("extra_headers")
     if isinstance(headers, dict):
         named = cast("dict[object, object]", headers)

@@ -160,6 +160,7 @@ def test_cache_26_data_urls_and_links_in_text_are_cached():
         {"tools": ({"type": "mcp", "server_url": "x"},)},
         {"web_search_options": {}},
         {"mcp_servers": [{"name": "x"}]},
+        {"plugins": [{"id": "web"}]},
         {"prompt": {"id": "p"}},
         {"input": [{"image": "https://x/y.png"}]},
     ],
@@ -296,8 +297,9 @@ def test_a_mapping_that_is_no_dict_is_the_same_request():
 
 
 def test_conversations_kept_by_the_server_and_odd_extra_bodies_have_no_key():
-    with pytest.raises(Uncacheable, match="conversation"):
-        key_of(Call("responses", "m", {"input": "x", "conversation": "c1"}))
+    for op, field in (("responses", "conversation"), ("responses", "container"), ("messages", "container")):
+        with pytest.raises(Uncacheable, match="kept by the server"):
+            key_of(Call(op, "m", {"input": "x", field: "c1"}))
     assert key_of(Call("responses", "m", {"input": "x", "conversation": None}))
     with pytest.raises(Uncacheable, match="extra_body"):
         key_of(chat_call(extra_body=[1]))

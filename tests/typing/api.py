@@ -36,6 +36,8 @@ async def decorated_functions_keep_their_signature() -> None:
     assert_type(plain("x"), int)
     assert_type(ask.get_performance_stats(), dict[str, Any])
     assert_type(ask.invalidate("x"), int)
+    assert_type(ask.invalidate_tag("x"), int)
+    assert_type(ask.invalidate_tenant("x"), int)
     assert_type(await wrapped("x"), float)
     async for word in words("x"):
         assert_type(word, str)
