@@ -53,7 +53,12 @@ class Forgetting(OnHome):
 
         So what was asked before in this process is replayed, as it would be in a new one.
         """
-        self._on_home(lambda: [bound.begin_run() for _, bound in self._bounds])
+
+        def begin() -> None:
+            for _, bound in self._bounds:
+                bound.begin_run()
+
+        self._on_home(begin)
 
     def _forget(self, forget: Callable[[Bound], int]) -> int:
         return self._on_home(lambda: sum(forget(bound) for _, bound in self._bounds))
