@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
     from llmmw.wire import Headers
 
-_METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "metadata.goog", "instance-data"})
+_METADATA_NAMES = frozenset({
+    "metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal",
+})  # fmt: skip
 _METADATA_ADDRESSES = frozenset({
     ipaddress.ip_address("169.254.169.254"),  # AWS, Azure, GCP, OpenStack
     ipaddress.ip_address("100.100.100.200"),  # Alibaba
+    ipaddress.ip_address("168.63.129.16"),  # Azure's wire server
     ipaddress.ip_address("192.0.0.192"),  # Oracle
     ipaddress.ip_address("fd00:ec2::254"),  # AWS
     ipaddress.ip_address("fd20:ce::254"),  # GCP
 })  # fmt: skip
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(?:%[a-z0-9%._-]+)?")
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -89,7 +93,7 @@ def _plain(address: Address) -> Address:
     if isinstance(address, ipaddress.IPv4Address):
         return address
     inner = address.ipv4_mapped or address.sixtofour
-    if inner is None and (address in _NAT64 or int(address) >> 32 == 0):
+    if inner is None and (any(address in net for net in _NAT64) or int(address) >> 32 == 0):
         inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address if inner is None or int(address) <= 1 else inner
 
@@ -128,6 +132,11 @@ def check_url(option: str, url: str, guard: Guard) -> SplitResult:
         raise ConfigError(f"{option}: has no usable host and port")
     if "@" in parts.netloc:
         raise ConfigError(f"{option}: credentials in the URL are refused (host {host!r}); use api_key=")
+    if not _HOST.fullmatch(host):
+        # Libraries disagree about %31, fullwidth digits and backslashes: what one judges, another would connect to.
+        raise ConfigError(f"{option}: a host is letters, digits, '-' and '.', or an address; write others as xn--...")
+    if not url.isascii():
+        raise ConfigError(f"{option}: characters outside ASCII must be percent-encoded")
     guard.refuse_host(host)
     return parts
 

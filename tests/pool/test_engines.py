@@ -181,8 +181,6 @@ class PoolContract:
             await make().request(HTTPRequest("POST", "http://innocent.test/v1"))
 
     async def test_the_next_address_of_a_name_is_tried(self, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not self.sees_connections:
-            pytest.skip("names are resolved by the engine itself")
         real = socket.getaddrinfo
 
         def two(host: Any, port: Any, *args: Any, **kwargs: Any) -> list[Any]:

@@ -43,6 +43,16 @@ OPEN = Guard()
         "http://0.0.0.0/",
         "http://[::]/",
         "http://224.0.0.1/",
+        "http://168.63.129.16/",
+        "http://[64:ff9b:1::a9fe:a9fe]/",
+        "http://\uff11\uff16\uff19.254.169.254/",  # fullwidth digits, which some libraries read as digits
+        "http://%31%36%39.254.169.254/",
+        "http://169.254.169.254%2eexample/",
+        "http://safe.example\\@169.254.169.254/",
+        "http://safe.example\\.169.254.169.254/",
+        "http://169。254。169。254/",
+        "http://ex\u00e4mple.com/v1",
+        "http://h/v1/\u00e4",
         None,
     ],
 )
@@ -61,6 +71,8 @@ def test_security_05_a_base_url_that_must_not_be_asked_is_refused(url):
         ("http://10.0.0.1", "http://10.0.0.1:80"),
         ("http://host.docker.internal.:11434", "http://host.docker.internal:11434"),
         ("http://0xcafe.example", "http://0xcafe.example:80"),
+        ("http://xn--exmple-cua.com", "http://xn--exmple-cua.com:80"),
+        ("http://my_host-1.internal", "http://my_host-1.internal:80"),
         ("http://[2001:db8::1]", "http://[2001:db8::1]:80"),
     ],
 )

@@ -1,8 +1,8 @@
 """The pyreqwest engine: reqwest and hyper in Rust, the least CPU per call of all.
 
 What it gives up: it does not tell new connections from reused ones (so they are not counted, and a stale one shows
-as AmbiguousOutcome unless hyper repeats the request by itself, which it does where nothing had been sent), names
-are judged by the guard before the call but resolved again by Rust, and it does not survive a fork.
+as AmbiguousOutcome unless hyper repeats the request by itself, which it does where nothing had been sent), and it
+does not survive a fork.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import pyreqwest.exceptions as failures
@@ -35,6 +35,15 @@ _CANCELLATIONS = 100
 """The second is enough, as far as seen."""
 _first_pid: list[int] = []
 _JUDGED_FOR_S = 10.0
+_REMEMBERED = 256
+
+
+class _Way(NamedTuple):
+    """What a client is made for; each has its own connections."""
+
+    connect_s: float | None
+    host: str
+    address: str
 
 
 class PyreqwestEngine:
@@ -46,17 +55,27 @@ class PyreqwestEngine:
         if _first_pid[0] != os.getpid():
             raise ConfigError('engine="pyreqwest" does not survive a fork (its threads do not); use engine="aiohttp"')
         self._options = options
-        self._clients: dict[float | None, Client] = {}
-        self._judged: dict[str, float] = {}
+        self._clients: dict[_Way, Client] = {}
+        self._judged: dict[str, tuple[float, list[str]]] = {}
 
     async def send(self, request: HTTPRequest, exchange: Exchange) -> _Response:
-        """Send one request."""
+        """Send one request, to the first of the host's addresses that takes it."""
+        host = urlsplit(request.url).hostname or ""
         try:
             async with asyncio.timeout(exchange.connect_s):
-                await self._judge(request.url)
+                addresses = await self._judge(host)
         except TimeoutError:
             raise ConnectionFailed("no connection in time") from None
-        client = self._clients.get(exchange.connect_s) or self._build(exchange.connect_s)
+        *others, last = addresses
+        for address in others:
+            try:
+                return await self._send_to(_Way(exchange.connect_s, host, address), request, exchange)
+            except ConnectionFailed:
+                addresses.append(addresses.pop(addresses.index(address)))  # next time the others first
+        return await self._send_to(_Way(exchange.connect_s, host, last), request, exchange)
+
+    async def _send_to(self, way: _Way, request: HTTPRequest, exchange: Exchange) -> _Response:
+        client = self._clients.get(way) or self._build(way)
         exchange.handed_over = True
         try:
             headers = [(name, as_utf8(value)) for name, value in request.headers]
@@ -71,15 +90,20 @@ class PyreqwestEngine:
         # Raised out here without a cause: pyreqwest's errors show the whole URL, in which a key may be.
         raise failed
 
-    async def _judge(self, url: str) -> None:
-        host = urlsplit(url).hostname or ""
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._judged.get(host, 0.0):
-            return
-        await addresses_of(host, None, self._options.guard)
-        self._judged[host] = loop.time() + _JUDGED_FOR_S
+    async def _judge(self, host: str) -> list[str]:
+        now = asyncio.get_running_loop().time()
+        until, known = self._judged.get(host, (0.0, []))
+        if now < until:
+            return known
+        found = await addresses_of(host, None, self._options.guard)
+        if sorted(found) != sorted(known):
+            known = found
+            if len(self._judged) >= _REMEMBERED:
+                self._judged.clear()
+        self._judged[host] = now + _JUDGED_FOR_S, known
+        return known
 
-    def _build(self, connect_s: float | None) -> Client:
+    def _build(self, way: _Way) -> Client:
         options = self._options
         builder = (
             ClientBuilder()
@@ -96,9 +120,14 @@ class PyreqwestEngine:
         )
         if not options.trust_env:
             builder = builder.no_proxy()
-        if connect_s is not None:
-            builder = builder.connect_timeout(timedelta(seconds=connect_s))
-        client = self._clients[connect_s] = builder.build()
+        if way.connect_s is not None:
+            builder = builder.connect_timeout(timedelta(seconds=way.connect_s))
+        if way.address != way.host:
+            # The address that was judged: Rust's own resolution could be told another one (DNS rebinding).
+            builder = builder.resolve(way.host, way.address.partition("%")[0], 0)
+        if len(self._clients) >= _REMEMBERED:
+            self._clients.clear()
+        client = self._clients[way] = builder.build()
         return client
 
     def held(self) -> int | None:
