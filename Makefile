@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-outage bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -56,6 +56,9 @@ bench-storms: $(READY)  ## crowds at a server that refuses: requests and time, b
 
 bench-outage: $(READY)  ## servers that fail: load, success and time to give up, beside the bare SDK (about 2 min)
 	$(BIN)/python benchmarks/outage.py
+
+bench-waiters: $(READY)  ## what a waiter costs the rate limiter among 1,000 and among 100,000 (about 2 min)
+	$(BIN)/python benchmarks/waiters.py --repeats 3
 
 bench-pool: $(READY)  ## the measurement that chose the pool's engine
 	$(BIN)/python benchmarks/pool_engines.py

@@ -52,26 +52,31 @@ class _Line(Generic[T]):
 
     def __init__(self, start: float, weight: float) -> None:
         self.entries: OrderedDict[int, Entry[T]] = OrderedDict()
-        self.returned: OrderedDict[int, Entry[T]] = OrderedDict()
+        self.returned: OrderedDict[int, Entry[T]] | None = None
         self.start = start
         self.weight = weight
 
     def __len__(self) -> int:
-        return len(self.entries) + len(self.returned)
+        return len(self.entries) + (len(self.returned) if self.returned else 0)
 
     def __iter__(self) -> Iterator[Entry[T]]:
-        return chain(self.returned.values(), self.entries.values())
+        return chain(self.returned.values() if self.returned else (), self.entries.values())
 
     def first(self) -> Entry[T]:
         return next(iter(self.returned.values() if self.returned else self.entries.values()))
 
     def add(self, entry: Entry[T], path: tuple[str, ...], weights: Mapping[str, float]) -> None:
         del path, weights
-        (self.returned if entry.returned else self.entries)[entry.seq] = entry
+        if not entry.returned:
+            self.entries[entry.seq] = entry
+            return
+        if self.returned is None:
+            self.returned = OrderedDict()
+        self.returned[entry.seq] = entry
 
     def drop(self, entry: Entry[T], path: tuple[str, ...], *, served: bool) -> None:
         del path, served
-        del (self.returned if entry.returned else self.entries)[entry.seq]
+        del (self.returned if entry.returned and self.returned is not None else self.entries)[entry.seq]
 
     def behind(self, path: tuple[str, ...]) -> int:
         del path
