@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 L = TypeVar("L")
 K = TypeVar("K")
@@ -59,25 +59,27 @@ class Flush(msgspec.Struct, Generic[T], frozen=True):
     items: tuple[T, ...]
 
 
-class _Group(Generic[T]):
+class _Group(Generic[K, T]):
     """Items that go together, in order of arrival, and how much they are."""
 
-    __slots__ = ("members", "size_bytes", "tokens")
+    __slots__ = ("key", "members", "size_bytes", "tokens")
 
-    def __init__(self) -> None:
-        self.members: dict[int, T] = {}
+    def __init__(self, key: K) -> None:
+        self.key = key
+        self.members: dict[T, None] = {}
         self.size_bytes = 0
         self.tokens = 0
 
 
-class _Entry(Generic[L, K]):
+class _Entry(Generic[L, K, T]):
     """Where an item waits, what it adds to its group, and until when it may wait."""
 
-    __slots__ = ("due", "key", "lane", "size_bytes", "tokens")
+    __slots__ = ("due", "group", "lane", "number", "size_bytes", "tokens")
 
-    def __init__(self, lane: L, key: K, due: Due, size_bytes: int, tokens: int) -> None:
+    def __init__(self, lane: L, group: _Group[K, T], number: int, due: Due, size_bytes: int, tokens: int) -> None:
         self.lane = lane
-        self.key = key
+        self.group = group
+        self.number = number
         self.due = due
         self.size_bytes = size_bytes
         self.tokens = tokens
@@ -96,11 +98,10 @@ class Plan(Generic[L, K, T]):
         self.limits = limits
         self.max_size = limits.max_size
         """May be lowered (to 1 at least) and raised again while running."""
-        self._lanes: dict[L, dict[K, _Group[T]]] = {}
-        self._entries: dict[int, _Entry[L, K]] = {}
-        self._number_of: dict[T, int] = {}
+        self._lanes: dict[L, dict[K, _Group[K, T]]] = {}
+        self._entries: dict[T, _Entry[L, K, T]] = {}
         self._numbers = count()
-        self._moments: list[tuple[float, int]] = []
+        self._moments: list[tuple[float, int, T]] = []
         """A heap of when each item is due. A moment whose item left, or is due earlier by now, is outdated."""
 
     def __len__(self) -> int:
@@ -122,48 +123,46 @@ class Plan(Generic[L, K, T]):
             tokens: likewise.
         """
         flushes: list[Flush[T]] = []
-        group = self._lanes.get(lane, {}).get(key)
+        groups = self._lanes.get(lane)
+        group = None if groups is None else groups.get(key)
         if group is not None:
             too_much = self.limits.excess(group.size_bytes + size_bytes, group.tokens + tokens)
             if too_much:
-                flushes += self._take(lane, (key,), too_much)
+                flushes.append(self._take(lane, group, too_much))
+                group = None
         alone = self.limits.excess(size_bytes, tokens)
         if alone:
             return [*flushes, Flush(alone, (item,))]
-        group = self._lanes.setdefault(lane, {}).setdefault(key, _Group())
+        if group is None:
+            group = self._lanes.setdefault(lane, {})[key] = _Group(key)
         number = next(self._numbers)
-        group.members[number] = item
+        group.members[item] = None
         group.size_bytes += size_bytes
         group.tokens += tokens
-        self._entries[number] = _Entry(lane, key, due, size_bytes, tokens)
-        self._number_of[item] = number
-        heapq.heappush(self._moments, (due.at, number))
+        self._entries[item] = _Entry(lane, group, number, due, size_bytes, tokens)
+        heapq.heappush(self._moments, (due.at, number, item))
         if len(group.members) >= self.max_size:
-            flushes += self._take(lane, (key,), "size")
+            flushes.append(self._take(lane, group, "size"))
         return flushes
 
     def hasten(self, item: T, due: Due) -> None:
         """An item that waits here may wait no longer than that."""
-        number = self._number_of.get(item)
-        if number is not None and due.at < self._entries[number].due.at:
-            self._entries[number].due = due
-            heapq.heappush(self._moments, (due.at, number))
+        entry = self._entries.get(item)
+        if entry is not None and due.at < entry.due.at:
+            entry.due, entry.number = due, next(self._numbers)
+            heapq.heappush(self._moments, (due.at, entry.number, item))
 
     def remove(self, item: T) -> bool:
         """An item leaves; whether it was still here."""
-        number = self._number_of.pop(item, None)
-        if number is None:
+        entry = self._entries.pop(item, None)
+        if entry is None:
             return False
-        entry = self._entries.pop(number)
-        groups = self._lanes[entry.lane]
-        group = groups[entry.key]
-        del group.members[number]
+        group = entry.group
+        del group.members[item]
         group.size_bytes -= entry.size_bytes
         group.tokens -= entry.tokens
         if not group.members:
-            del groups[entry.key]
-            if not groups:
-                del self._lanes[entry.lane]
+            self._forget(entry.lane, group)
         self._tidy()
         return True
 
@@ -171,47 +170,45 @@ class Plan(Generic[L, K, T]):
         """Groups with an item that has waited long enough."""
         flushes: list[Flush[T]] = []
         while self._moments and self._moments[0][0] <= now:
-            entry = self._entry_of(*heapq.heappop(self._moments))
+            entry = self._entry_of(heapq.heappop(self._moments))
             if entry is not None:
-                flushes += self._take(entry.lane, (entry.key,), "deadline" if entry.due.hurried else "interval")
+                flushes.append(self._take(entry.lane, entry.group, "deadline" if entry.due.hurried else "interval"))
         return flushes
 
     def next_at(self) -> float | None:
         """When `due` has something to say; None while nothing waits."""
-        while self._moments and self._entry_of(*self._moments[0]) is None:
+        while self._moments and self._entry_of(self._moments[0]) is None:
             heapq.heappop(self._moments)
         return self._moments[0][0] if self._moments else None
 
     def drain(self, cause: str, lane: L) -> list[Flush[T]]:
         """All groups of a lane."""
-        return self._take(lane, tuple(self._lanes.get(lane, ())), cause)
+        return [self._take(lane, group, cause) for group in list(self._lanes.get(lane, {}).values())]
 
     def drain_all(self, cause: str, where: Callable[[K], bool] | None = None) -> list[Flush[T]]:
         """All groups of all lanes, or those whose key is accepted."""
-        flushes: list[Flush[T]] = []
-        for lane, groups in list(self._lanes.items()):
-            flushes += self._take(lane, [key for key in groups if where is None or where(key)], cause)
-        return flushes
+        found = [(lane, group) for lane, groups in self._lanes.items() for group in groups.values()]
+        return [self._take(lane, group, cause) for lane, group in found if where is None or where(group.key)]
 
-    def _entry_of(self, at: float, number: int) -> _Entry[L, K] | None:
-        entry = self._entries.get(number)
-        return entry if entry is not None and entry.due.at == at else None
+    def _entry_of(self, moment: tuple[float, int, T]) -> _Entry[L, K, T] | None:
+        entry = self._entries.get(moment[2])
+        return entry if entry is not None and entry.number == moment[1] else None
 
-    def _take(self, lane: L, keys: Iterable[K], cause: str) -> list[Flush[T]]:
-        groups = self._lanes.get(lane, {})
-        flushes: list[Flush[T]] = []
-        for key in keys:
-            members = groups.pop(key).members
-            for number, item in members.items():
-                del self._entries[number], self._number_of[item]
-            flushes.append(Flush(cause, tuple(members.values())))
-        if not groups:
-            self._lanes.pop(lane, None)
+    def _take(self, lane: L, group: _Group[K, T], cause: str) -> Flush[T]:
+        self._forget(lane, group)
+        for item in group.members:
+            del self._entries[item]
         self._tidy()
-        return flushes
+        return Flush(cause, tuple(group.members))
+
+    def _forget(self, lane: L, group: _Group[K, T]) -> None:
+        groups = self._lanes[lane]
+        del groups[group.key]
+        if not groups:
+            del self._lanes[lane]
 
     def _tidy(self) -> None:
         # Each new heap was paid for by as many departures as it drops.
         if len(self._moments) > 2 * len(self._entries) + _FEW_STALE:
-            self._moments = [(entry.due.at, number) for number, entry in self._entries.items()]
+            self._moments = [(entry.due.at, entry.number, item) for item, entry in self._entries.items()]
             heapq.heapify(self._moments)

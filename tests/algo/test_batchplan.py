@@ -147,5 +147,4 @@ def test_what_left_is_forgotten() -> None:
     plan.drain_all("close")
     assert plan.next_at() is None
     assert not plan._entries
-    assert not plan._number_of
     assert not plan._lanes

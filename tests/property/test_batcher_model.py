@@ -241,7 +241,7 @@ class BatcherModel(RuleBasedStateMachine):
         gathering = self.batcher._gathering
         assert self.batcher.gauges() | {"joint": None} == {"waiting": 0, "active": 0, "joint": None}
         assert gathering.entrance.inside == 0
-        for kept in (gathering._twins, gathering._tasks, gathering._plan._number_of, gathering._plan._lanes):
+        for kept in (gathering._twins, gathering._tasks, gathering._plan._entries, gathering._plan._lanes):
             assert not kept
         assert self.upstream.in_flight == 0
         for prompt, call, task in self.calls:
