@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-eviction bench-disk vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-eviction bench-disk bench-batch vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -68,6 +68,9 @@ bench-eviction: $(READY)  ## LLM seconds saved by each way of choosing what a fu
 
 bench-disk: $(READY)  ## the disk tier under a foreign lock, beside its floors, and as it fills (about 3 min)
 	$(BIN)/python benchmarks/disk_faults.py
+
+bench-batch: $(READY)  ## what a call costs the batcher when few and when many wait
+	$(BIN)/python benchmarks/batch_growth.py
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve
