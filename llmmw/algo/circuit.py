@@ -166,6 +166,10 @@ class Circuit:
             if decisive or self._streak.failed(ticket.number, enough) >= enough or self._fails_often():
                 self._open(now, draw, asked_s)
 
+    def leased_until(self) -> float | None:
+        """Until when a probe keeps others from probing; None where none does."""
+        return self._lease_until if self.state == "half_open" else None
+
     def renew(self) -> None:
         """Begin anew, for somebody else; what is under way belongs to the past."""
         if self._failures_in_row:

@@ -20,6 +20,8 @@ from llmmw.stream import at_end
 from llmmw.stream.copies import own_error
 
 if TYPE_CHECKING:
+    import asyncio
+
     from llmmw.algo.circuit import Result, Ticket
     from llmmw.call import Call, Handler
     from llmmw.env import Env
@@ -148,10 +150,17 @@ class BoundBreaker(Bound):
         line = self._endpoints.get((call.target, call.model))
         return None if line is None or line.circuit.state == "closed" else line.circuit.well_until
 
+    def news(self, call: Call) -> tuple[float, asyncio.Future[None]] | None:
+        """While a probe is under way: until when it is waited for, and a future that is done when it has ended."""
+        line = self._endpoints.get((call.target, call.model))
+        until = None if line is None else line.circuit.leased_until()
+        return None if line is None or until is None else (until, line.news())
+
     def rehome(self) -> None:
-        """Probes in flight are gone."""
+        """Probes in flight are gone, and so is who waited for them."""
         for line in (*self._endpoints.values(), *self._credentials.values()):
             line.circuit.release()
+            line.waiters = set()
 
     def gauges(self) -> dict[str, object]:
         """How many circuits are not closed."""
@@ -188,6 +197,8 @@ class BoundBreaker(Bound):
         line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
         if self._tell(call, line) == "open":
             self._shed(call, line)
+        if line.waiters:
+            line.wake()
         self._settle_credential(admitted, fault, outcome, now, draw)
 
     def _settle_credential(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ _REMEMBERED_EXCHANGES = 64
 class Line:
     """A circuit with what belongs to it: one of an endpoint's model, or of a credential there."""
 
-    __slots__ = ("circuit", "exchanges", "refusal", "told", "why")
+    __slots__ = ("circuit", "exchanges", "refusal", "told", "waiters", "why")
 
     def __init__(self, rules: CircuitRules) -> None:
         self.circuit = Circuit(rules)
@@ -31,9 +32,24 @@ class Line:
         self.exchanges: deque[int] | None = None
         self.refusal: Reply | Exception | None = None
         self.why = ""
+        self.waiters: set[asyncio.Future[None]] = set()
+
+    def news(self) -> asyncio.Future[None]:
+        """Done as soon as the circuit has heard of something (a probe's end)."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiters.add(waiter)
+        waiter.add_done_callback(self.waiters.discard)
+        return waiter
+
+    def wake(self) -> None:
+        """Tell those who wait for news."""
+        for waiter in list(self.waiters):
+            if not waiter.done():
+                waiter.set_result(None)
 
     def renew(self) -> None:
         """Begin anew for another model; calls under way for the old one are not heard any more."""
+        self.wake()
         self.circuit.renew()
         self.told, self.refusal, self.why = "closed", None, ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.call import Attempt, Reply
@@ -18,7 +19,7 @@ from llmmw.settings import seconds, settings, text, whole
 from llmmw.wire import HTTPRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from llmmw.call import Call, Handler
     from llmmw.env import Env
@@ -161,12 +162,12 @@ class BoundRouter(Bound):
                 found = await self._ask_in_turn(call, failures)
                 if found is not None:
                     return found
-                wait_s = self._until_earliest(call, failures)
-                if wait_s is None:
+                rest = self._until_earliest(call, failures)
+                if rest is None:
                     return self._fail(failures)
             finally:
                 failures.clear()  # exceptions whose tracebacks lead back to this frame
-            await self.env.clock.sleep(wait_s)
+            await rest
 
     async def _ask_in_turn(self, call: Call, failures: list[Failure]) -> Reply | None:
         """Ask each endpoint once while its predecessors' failures allow; None if none answered."""
@@ -190,7 +191,7 @@ class BoundRouter(Bound):
             if isinstance(outcome, Reply) and (fault is None or (outcome.ok and not self._goes_on(fault, index))):
                 return answer_of(outcome, route, attempts, fallback=index > 0)
             assert fault is not None  # noqa: S101 — only a reply can be without fault
-            failures.append(Failure(route, outcome, fault))
+            failures.append(Failure(route, addressed, outcome, fault))
             attempts += history(failures[-1])
             if not self._goes_on(fault, index):
                 return None
@@ -239,16 +240,32 @@ class BoundRouter(Bound):
                     return False
         return True
 
-    def _until_earliest(self, call: Call, failures: list[Failure]) -> float | None:
-        """Seconds until the first open circuit may be asked again, where all are open and the deadline allows."""
-        deadline = call.deadline
-        opens = [failure.outcome for failure in failures if isinstance(failure.outcome, CircuitOpen)]
-        moments = [error.retry_at for error in opens if error.retry_at is not None]
-        if deadline is None or not moments or len(opens) != len(failures):
+    def _until_earliest(self, call: Call, failures: list[Failure]) -> Coroutine[Any, Any, None] | None:
+        """The wait for the first open circuit that may be asked again, where all are open and the deadline allows."""
+        deadline, now = call.deadline, self.env.clock.monotonic()
+        moments = [failure.outcome.retry_at for failure in failures if isinstance(failure.outcome, CircuitOpen)]
+        known = [moment for moment in moments if moment is not None]
+        if deadline is None or not known or len(known) != len(failures):
             return None
-        now = self.env.clock.monotonic()
-        wait_s = max(min(moments) - now, _SHORTEST_WAIT_S)
-        return wait_s if now + wait_s < deadline else None
+        if max(min(known) - now, _SHORTEST_WAIT_S) >= deadline - now:
+            return None
+        news: list[asyncio.Future[None]] = []
+        for index, failure in enumerate(failures):
+            probed = None if failure.route.breaker is None else failure.route.breaker.news(failure.call)
+            if probed is not None:  # the probe's end is worth waiting for, however long that takes
+                known[index] = probed[0]
+                news.append(probed[1])
+        return self._rest(max(min(*known, deadline) - now, _SHORTEST_WAIT_S), news)
+
+    async def _rest(self, wait_s: float, news: list[asyncio.Future[None]]) -> None:
+        if not news:
+            await self.env.clock.sleep(wait_s)
+            return
+        try:
+            await asyncio.wait(news, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in news:
+                one.cancel()
 
     def _fail(self, failures: list[Failure]) -> Reply:
         attempts = tuple(attempt for failure in failures for attempt in history(failure))

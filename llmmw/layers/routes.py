@@ -13,7 +13,7 @@ from llmmw.layers.base import Bound
 from llmmw.layers.breaker import BoundBreaker
 
 if TYPE_CHECKING:
-    from llmmw.call import Handler
+    from llmmw.call import Call, Handler
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -34,6 +34,8 @@ class Failure(msgspec.Struct, frozen=True):
     """Why one endpoint did not answer."""
 
     route: Route
+    call: Call
+    """As the endpoint got it."""
     outcome: Any
     """The refusal (a Reply) or the exception."""
     fault: Fault

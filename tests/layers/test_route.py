@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import pickle
@@ -10,7 +11,7 @@ import pytest
 from llmmw import errors
 from llmmw.call import Call, Context, Reply
 from llmmw.env import Env
-from llmmw.events import Event, FellBack
+from llmmw.events import Event, FellBack, RefusedEarly
 from llmmw.layers.base import Bound, ForkingLayer
 from llmmw.layers.breaker import CircuitBreaker
 from llmmw.layers.retry import Retry
@@ -308,6 +309,71 @@ async def test_route_14_all_open_waits_for_the_earliest_within_the_deadline(cloc
     reply = await bound(upstreams, clock)(primary_call(context=Context(deadline=now + 10)))
     assert (reply.endpoint, reply.fallback) == ("http://e1.test/v1", True)
     assert clock.monotonic() == now + 4
+
+
+@pytest.mark.parametrize("end", ["answered", "refused", "cancelled"])
+def test_route_14_crowd_waits_for_the_probes_end_without_asking_again(end: str) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        events: list[Event] = []
+        probe: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        upstream = FakeUpstream([*[error_reply(500)] * 5, lambda _: probe])
+        router = bound([upstream], clock, CircuitBreaker(), events=events)
+        for _ in range(5):
+            await router(primary_call())
+        context = Context(deadline=clock.monotonic() + 300)
+        crowd = [asyncio.ensure_future(router(primary_call(context=context))) for _ in range(100)]
+        await asyncio.sleep(25)
+        refused = sum(isinstance(event, RefusedEarly) for event in events)
+        assert (len(upstream.calls), refused) == (6, 199)  # once each as it opened, once each as the probe went out
+        if end == "cancelled":
+            probe.cancel()
+        else:
+            probe.set_result(error_reply(400) if end == "refused" else Reply(data=chat_body("x")))
+        ended = clock.monotonic()
+        found = await asyncio.gather(*crowd, return_exceptions=True)
+        assert clock.monotonic() == ended
+        assert [isinstance(one, Reply) and one.ok for one in found].count(False) == (end != "answered")
+        (line,) = router._routes[0].breaker._endpoints.values()  # type: ignore[union-attr]
+        assert not line.waiters
+
+    run()
+
+
+@manual_time
+async def test_route_14_probe_that_fails_or_hangs_lets_the_crowd_wait_on(clock: ManualClock) -> None:
+    def hang(_: Call) -> asyncio.Future[Reply]:
+        return asyncio.get_running_loop().create_future()
+
+    upstream = FakeUpstream([*[error_reply(500)] * 6, hang])
+    router = bound([upstream], clock, CircuitBreaker())
+    for _ in range(5):
+        await router(primary_call())
+    opened = clock.monotonic()
+    context = Context(deadline=opened + 300)
+    crowd = [asyncio.ensure_future(router(primary_call(context=context))) for _ in range(10)]
+    await asyncio.wait(crowd, timeout=299)
+    crowd_done = [task.result().status for task in crowd if task.done()]
+    assert sorted(crowd_done) == [200] * 8 + [500]
+    for task in crowd:
+        task.cancel()
+    late = asyncio.ensure_future(router(primary_call(context=Context(deadline=clock.monotonic() + 1))))
+    assert (await late).ok
+
+
+@manual_time
+async def test_route_14_waiting_for_a_probe_ends_with_the_deadline(clock: ManualClock) -> None:
+    upstream = FakeUpstream([*[error_reply(500)] * 5, lambda _: asyncio.get_running_loop().create_future()])
+    router = bound([upstream], clock, CircuitBreaker())
+    for _ in range(5):
+        await router(primary_call())
+    began = clock.monotonic()
+    probing = asyncio.ensure_future(router(primary_call(context=Context(deadline=began + 100))))
+    await asyncio.sleep(6)
+    with pytest.raises(errors.CircuitOpen, match="asked again"):
+        await router(primary_call(context=Context(deadline=began + 20)))
+    assert clock.monotonic() - began == pytest.approx(20, abs=0.1)
+    probing.cancel()
 
 
 @manual_time
