@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+_MAX_DATA_LINES = 10_000
+"""One is usual. A million short lines keep below the bound in bytes, and a processor busy for seconds."""
 _LARGE = 64 * 1024
 _MAX_WORTH = 16 * 1024 * 1024
 """What a large event may take when it is decoded: half a million numbers, 0.1 s. Two million lists would take 3 s."""
@@ -103,6 +105,8 @@ class SSEParser:
         self._data.append(data)
         self._data_size += len(data) + 1
         self._check(self._data_size)
+        if len(self._data) > _MAX_DATA_LINES:
+            raise ResponseTooLarge(f"an event of the stream has more than {_MAX_DATA_LINES} lines of data")
 
 
 def error_in(event: object) -> dict[str, Any] | None:
