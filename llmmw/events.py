@@ -149,7 +149,7 @@ class BatchFlushed(Event, frozen=True):
 
     size: int
     cause: str
-    """"size", "bytes", "tokens", "interval", "idle", "deadline", "barrier" or "close"."""
+    """"size", "bytes", "tokens", "interval", "idle", "deadline", "barrier", "close", or "offline" (a batch API)."""
 
 
 class ConnectionOpened(Event, frozen=True):

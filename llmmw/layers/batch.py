@@ -41,7 +41,9 @@ class Batcher(Positioned):
         when_full: "wait" for room, or "refuse" with QueueFull.
         joint: "auto" sends joint requests where the endpoint takes them, "off" never.
         barrier: calls with a step (`using(step=)`) wait until so many agents of it have asked, or `tick()`, or the
-            interval; also at an idle endpoint. None: steps do not matter.
+            interval; also at an idle endpoint. What a step asks after that waits no longer than any other call. Only
+            calls that come as far as the batcher count: where agents may be answered by a cache or by another's
+            flight, end steps with `tick()`. None: steps do not matter.
         drain: on closing send what waits; False fails it with Closed.
 
     Raises:

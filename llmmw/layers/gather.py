@@ -67,6 +67,8 @@ class Gathering:
         self._timer_at = 0.0
         self._turn: asyncio.Handle | None = None
         self._asked: dict[int, set[object]] = {}
+        self._complete: dict[int | None, None] = {}
+        """Steps whose barrier has opened, the newest last: what they ask later (again, perhaps) waits for nobody."""
         self._strangers = itertools.count()
         self._closed = False
         self.entrance = Entrance(max_calls)
@@ -76,6 +78,8 @@ class Gathering:
     def submit(self, call: Call, group: Grouping, waiter: asyncio.Future[Any]) -> Item:
         """Have a call wait for batch mates; `waiter` gets GO, a Reply or an exception as its result."""
         step = None if self._barrier is None else call.context.step
+        if step in self._complete:
+            step = None
         due = when_due(self._env.clock.monotonic(), self._limits.interval_s, call.deadline)
         item = None if group.twin is None else self._twins.get((step, group.kind, group.twin))
         if item is not None:
@@ -114,17 +118,24 @@ class Gathering:
 
     def tick(self) -> None:
         """Every agent of the step has asked: let everything go."""
-        self._asked.clear()
+        for step in list(self._asked):
+            self._open(step)
         self._release(self._plan.drain_all("barrier"))
 
     def _count_in(self, step: int, agent: str | None) -> None:
         asked = self._asked.setdefault(step, set())
         asked.add(next(self._strangers) if agent is None else agent)
         if self._barrier is not None and len(asked) >= self._barrier:
-            del self._asked[step]
+            self._open(step)
             self._release(self._plan.drain("barrier", step))
         elif len(self._asked) > _MAX_STEPS:  # steps that never became complete
             del self._asked[next(iter(self._asked))]
+
+    def _open(self, step: int) -> None:
+        del self._asked[step]
+        self._complete[step] = None
+        if len(self._complete) > _MAX_STEPS:
+            del self._complete[next(iter(self._complete))]
 
     def _flush_when_idle(self) -> None:
         # The others of this loop turn are collected; longer nobody waits, for the endpoint has nothing else to do.

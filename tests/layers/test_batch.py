@@ -382,6 +382,24 @@ async def test_an_agent_that_asks_twice_counts_once(clock: ManualClock) -> None:
 
 
 @manual_time
+async def test_what_a_step_asks_after_its_barrier_waits_for_nobody(clock: ManualClock) -> None:
+    events: list[Event] = []
+    upstream = BatchServer(latency_s=0)
+    upstream._script = [error_reply(500)]
+    env = Env(clock=clock, seed=1, sinks=(events.append,)).endowed(JOINT)
+    upstream.start(env)
+    retry = Retry(attempts=3, backoff=0.1).bind(Batcher(barrier=3, flush_interval=600).bind(upstream, env), env)
+    tasks = [start(retry, name, context=Context(agent=name, step=1))[0] for name in "abc"]
+    assert all(reply.ok for reply in await asyncio.gather(*tasks))
+    assert clock.monotonic() < 1002  # the repetitions did not wait for the interval
+    (again,) = start(retry, "more", context=Context(agent="a", step=1))
+    assert (await again).ok
+    assert clock.monotonic() < 1002
+    assert flushed(events)[0] == (3, "barrier")
+    assert {cause for _, cause in flushed(events)[1:]} == {"idle"}
+
+
+@manual_time
 async def test_barrier_of_one_step_leaves_the_others_waiting(clock: ManualClock) -> None:
     events: list[Event] = []
     upstream = BatchServer()
@@ -402,6 +420,9 @@ async def test_steps_that_never_complete_are_forgotten(clock: ManualClock) -> No
     for step in range(100):
         await asyncio.gather(*start(batcher, "a", context=Context(step=step)))
     assert len(batcher._gathering._asked) <= 65
+    for step in range(100):
+        await asyncio.gather(*start(batcher, "a", "b", context=Context(step=step)))
+    assert len(batcher._gathering._complete) <= 64
 
 
 # ── who travels together ────────────────────────────────────────────────────────────────────────────────────────────
