@@ -49,8 +49,11 @@ def output_cap(payload: Mapping[str, Any]) -> int | None:
 
 def choices(payload: Mapping[str, Any]) -> int:
     """How many answers the call makes the server write: conversations or prompts, times `n` (or `best_of`)."""
-    asked = (payload.get("n"), payload.get("best_of"))
-    each = max([1, *(n for n in asked if isinstance(n, int) and not isinstance(n, bool))])
+    each = 1
+    for name in ("n", "best_of"):
+        asked = payload.get(name)
+        if isinstance(asked, int) and not isinstance(asked, bool) and asked > each:
+            each = asked
     listed = items(payload.get("messages"))
     if listed:
         return each * len(listed) if isinstance(listed[0], list) else each
@@ -99,7 +102,9 @@ def _measure(value: object, depth: int) -> int:
         fields = cast("dict[str, object]", value)
         content = fields.get("content")
         if content is not None or "role" in fields:
-            return _PER_MESSAGE + _measure(content, depth + 1) + _measure(fields.get("tool_calls"), depth + 1)
+            tools = fields.get("tool_calls")
+            called = 0 if tools is None else _measure(tools, depth + 1)
+            return _PER_MESSAGE + (0 if content is None else _measure(content, depth + 1)) + called
         if fields.get("type") in _IMAGES:
             return _PER_IMAGE
         for entry in fields.values():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmmw.algo.headers import Reading
     from llmmw.answer import Usage
     from llmmw.env import Env
-    from llmmw.layers.shared import Lease, Leases
+    from llmmw.layers.leases import Lease, Leases
 
 _MAX_JITTER_S = 5.0
 _JITTER = 0.1
@@ -175,8 +175,8 @@ class Allowance:
         """
         if permit.epoch < 0:
             return False
-        if usage.reported and permit.amounts:
-            self._settle(permit, [self._spent(name, amount, usage, well=well) for name, amount in self._pairs(permit)])
+        if permit.amounts and usage.reported:
+            self._settle(permit, self._spent(permit, usage, well=well))
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well:
@@ -222,17 +222,20 @@ class Allowance:
         if self.aimd is not None and self.limits.slots is not None and self.limits.slots[0] < self.limits.slots[2]:
             self.aimd.overloaded(permit.started, self._clock())
 
-    def _pairs(self, permit: Permit) -> list[tuple[str, int]]:
-        return [(name, amount) for (name, _), amount in zip(self.tokens, permit.amounts, strict=True)]
-
-    def _spent(self, name: str, reserved: int, usage: Usage, *, well: bool) -> int:
-        """What an answer really cost of one token limit."""
-        cached = usage.cached_tokens if self.limits.cached_free else 0
-        spent = 0 if name == "output" else max(0, usage.input_tokens - cached)
-        if name == "input":
-            return spent
-        # A stream that was cut has told what it had produced by then, or (Anthropic) nothing but a 1.
-        return spent + usage.output_tokens if well else max(reserved, spent + usage.output_tokens)
+    def _spent(self, permit: Permit, usage: Usage, *, well: bool) -> list[int]:
+        """What an answer really cost of each token limit."""
+        output, prompt = usage.output_tokens, usage.input_tokens
+        if self.limits.cached_free:
+            prompt = max(0, prompt - usage.cached_tokens)
+        found: list[int] = []
+        for (name, _), reserved in zip(self.tokens, permit.amounts, strict=True):
+            if name == "input":
+                found.append(prompt)
+                continue
+            spent = output if name == "output" else prompt + output
+            # A stream that was cut has told what it had produced by then, or (Anthropic) nothing but a 1.
+            found.append(spent if well else max(reserved, spent))
+        return found
 
     def _settle(self, permit: Permit, spent: Sequence[int], requests: int = 1) -> None:
         """Replace the reservation by what the call cost in truth."""

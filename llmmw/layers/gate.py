@@ -16,7 +16,7 @@ from llmmw.algo.due import Due
 from llmmw.algo.queue import Entry, FairQueue
 from llmmw.errors import Closed, RateLimited
 from llmmw.layers.allowance import Allowance, Limits, Permit
-from llmmw.layers.shared import Leases
+from llmmw.layers.leases import Leases
 
 if TYPE_CHECKING:
     from collections.abc import Callable

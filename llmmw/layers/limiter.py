@@ -113,8 +113,7 @@ class BoundLimiter(Bound):
 
     async def aclose(self) -> None:
         """Refuse whoever still waits."""
-        for gate in list(self._gates.values()):
-            await gate.aclose()
+        await asyncio.gather(*(gate.aclose() for gate in self._gates.values()))
         if self._counter is not None:
             await self._counter.aclose()
 
@@ -176,7 +175,13 @@ class BoundLimiter(Bound):
     def _forget_idle(self) -> None:
         """Keys come and go (a tenant each): buckets that hold nothing back need not be remembered."""
         now = self.env.clock.monotonic()
-        self._gates = {key: gate for key, gate in self._gates.items() if gate.queue or not gate.allowance.idle(now)}
+        kept: dict[object, Gate] = {}
+        for key, gate in self._gates.items():
+            if gate.queue or not gate.allowance.idle(now):
+                kept[key] = gate
+            elif gate.allowance.leases is not None:
+                gate.allowance.leases.retire()
+        self._gates = kept
 
     def _needs(self, gate: Gate, call: Call) -> tuple[tuple[int, ...], int]:
         """Tokens to reserve, one figure per token limit, and how many answers the call asks for.
@@ -288,4 +293,5 @@ class BoundLimiter(Bound):
 
 
 def _shape(limits: Limits) -> tuple[object, ...]:
-    return limits.rpm is None, [name for name, _ in limits.tokens], limits.slots is None, limits.window
+    measures = [name for name, _ in limits.tokens]
+    return limits.rpm is None, measures, limits.slots is None, limits.gradient, limits.window

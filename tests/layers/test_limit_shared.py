@@ -299,3 +299,18 @@ def test_limit_11_settings_are_checked(tmp_path):
         RateLimiter(rpm=4, shared=str(tmp_path))
     assert SharedCounter(tmp_path) == SharedCounter(str(tmp_path))
     assert hash(RateLimiter(rpm=4, shared=SharedCounter(tmp_path)))
+
+
+@manual_time
+async def test_limit_11_buckets_that_are_forgotten_ask_no_more(clock):
+    world = World(clock, processes=1, window=1.0)
+    (limiter,) = world.limiters
+    for n in range(1001):
+        await limiter(chat_call().replace(namespace=f"tenant {n}"))
+        if n == 999:
+            await asyncio.sleep(2)
+    assert limiter.gauges()["buckets"] == 1
+    asked = world.counter.asked
+    await asyncio.sleep(30)
+    assert world.counter.asked - asked < 20
+    await world.close()
