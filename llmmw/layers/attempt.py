@@ -82,7 +82,10 @@ def annotate(error: Exception, attempts: tuple[Attempt, ...]) -> None:
     if isinstance(error, LLMMWError):
         error.attempts = attempts
         return
-    notes = items(getattr(error, "__notes__", None))
+    found = getattr(error, "__notes__", [])
+    if not isinstance(found, list):
+        return  # a class with notes of its own
+    notes = items(found)  # pyright: ignore[reportUnknownArgumentType]  # somebody else's
     notes[:] = [note for note in notes if not str(note).startswith(_MARK)]  # of an object that is raised for ever
     if len(attempts) > 1:
         told = [*map(_told, attempts)]

@@ -192,6 +192,15 @@ def test_note_of_a_call_that_succeeds_at_repeating_nothing_goes() -> None:
     assert error.__notes__ == []
 
 
+def test_class_with_notes_of_its_own_is_left_alone() -> None:
+    class Odd(ValueError):
+        __notes__ = ("mine",)  # type: ignore[assignment]
+
+    error = Odd("x")
+    annotate(error, (Attempt("e", "server"),) * 3)
+    assert error.__notes__ == ("mine",)
+
+
 def test_route_17_note_of_ten_thousand_attempts_stays_readable() -> None:
     error = ValueError("x")
     annotate(error, tuple(Attempt(f"http://e{number}.test", "server", 500) for number in range(10_000)))
