@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -31,6 +32,7 @@ _MAX_KNOWN = 4096
 """Credentials whose namespace is remembered; a gateway sees any number of them."""
 _SECRET_FILE = "namespace.secret"  # noqa: S105 — a file name
 _SECRET_BYTES = 32
+_PLAIN = re.compile(r"[\w@.+-]{1,64}", re.ASCII)
 _process_secret = secrets.token_bytes(_SECRET_BYTES)
 
 
@@ -127,7 +129,10 @@ class Namespaces:
 
 def namespace_of(tenant: str) -> str:
     """The namespace of a tenant."""
-    return f"tenant:{tenant}"
+    if _PLAIN.fullmatch(tenant):
+        return f"tenant:{tenant}"
+    # Of any length and with anything inside: stores keep a namespace with every entry, and people read it.
+    return f"tenant#{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 def _make_secret(path: Path) -> None:
