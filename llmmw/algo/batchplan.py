@@ -18,6 +18,8 @@ L = TypeVar("L")
 K = TypeVar("K")
 T = TypeVar("T")
 
+_SINGLES = 16
+"""So many single answers before two are tried together again."""
 _FEW_STALE = 64
 """So many outdated moments are kept before the heap is made anew."""
 
@@ -97,7 +99,8 @@ class Plan(Generic[L, K, T]):
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.max_size = limits.max_size
-        """May be lowered (to 1 at least) and raised again while running."""
+        """Lower than the limit while larger groups are refused."""
+        self._singles = 0
         self._lanes: dict[L, dict[K, _Group[K, T]]] = {}
         self._entries: dict[T, _Entry[L, K, T]] = {}
         self._numbers = count()
@@ -106,6 +109,25 @@ class Plan(Generic[L, K, T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def refused(self, size: int) -> None:
+        """A group of that size was more than the server takes: half of it may do.
+
+        Of several that were refused at one time none halves what another has halved already.
+        """
+        self.max_size = max(1, min(self.max_size, size // 2))
+        self._singles = 0
+
+    def accepted(self, size: int) -> None:
+        """A group of that size was answered: one more may do.
+
+        After single calls that is tried less often: where the server takes no two, each try costs two refusals.
+        """
+        if self.max_size < self.limits.max_size:
+            self._singles += size == 1
+            if size > 1 or self._singles >= _SINGLES:
+                self.max_size += 1
+                self._singles = 0
 
     def has(self, lane: L) -> bool:
         """Whether anything waits in a lane."""

@@ -135,14 +135,17 @@ class BoundBatcher(Bound):
                 gathering.withdraw(item)
             raise
         if landed is GO:
+            accepted = False
             try:
-                return await self.inner(call)
+                reply = await self.inner(call)
+                accepted = reply.ok
+                return reply
             finally:
-                gathering.over()
+                gathering.over(accepted=accepted)
         if isinstance(landed, BaseException):
             raise landed
-        reply: Reply = landed
-        return reply
+        joint: Reply = landed
+        return joint
 
     def tick(self) -> None:
         """Every agent of the step has asked: let everything go."""

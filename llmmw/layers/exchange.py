@@ -180,7 +180,7 @@ class Exchange:
             for item in items:
                 item.give(_numbered(own_error(outcome) if item is not items[0] else outcome, number))
         elif outcome.ok:
-            self._plan.max_size = min(self._plan.max_size + 1, self._plan.limits.max_size)
+            self._plan.accepted(len(items))
             self._hand_out(outcome, items, number)
         else:
             self._refused(outcome, items, number)
@@ -215,7 +215,7 @@ class Exchange:
         else:
             if refusal.status == _OVERLOADED:
                 # vLLM's queue cap counts members and refuses the whole: the same size would be refused for ever.
-                self._plan.max_size = max(1, min(self._plan.max_size, len(items)) // 2)
+                self._plan.refused(len(items))
             for item in items:
                 item.give(refusal.replace(exchange=number))
 

@@ -105,8 +105,10 @@ class Gathering:
         elif self._plan.remove(item):
             self._forget_twin(item)
 
-    def over(self) -> None:
-        """A call that was released to its caller has ended."""
+    def over(self, *, accepted: bool = False) -> None:
+        """A call that was released to its caller has ended; whether the server took it."""
+        if accepted:
+            self._plan.accepted(1)
         self._active -= 1
         self._flush_when_idle()
 

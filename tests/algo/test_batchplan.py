@@ -65,7 +65,7 @@ def test_chosen_groups_are_drained() -> None:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "add", "remove", "due", "drain", "hasten", "shrink"]),
+        st.sampled_from(["add", "add", "add", "remove", "due", "drain", "hasten", "shrink", "grow"]),
         st.sampled_from(["k1", "k2", "l1"]),
         st.integers(0, 8),
         st.integers(0, 8),
@@ -118,7 +118,9 @@ def test_every_item_goes_exactly_once_in_order_and_within_the_limits(
         elif action == "drain":
             check(plan.drain("barrier", "k"), max_size)
         elif action == "shrink":
-            plan.max_size = max(1, plan.max_size // 2)
+            plan.refused(size)
+        elif action == "grow":
+            plan.accepted(size)
         assert len(plan) == len(waiting)
         assert plan.has("k") == any(item[0] != "l1" for item in waiting)
     check(plan.drain_all("close"), max_size)
@@ -148,3 +150,22 @@ def test_what_left_is_forgotten() -> None:
     assert plan.next_at() is None
     assert not plan._entries
     assert not plan._lanes
+
+
+def test_groups_shrink_once_per_overload_and_grow_again() -> None:
+    plan: Plan[None, str, str] = Plan(Limits(max_size=16))
+    for _ in range(5):  # of one moment
+        plan.refused(16)
+    assert plan.max_size == 8
+    plan.refused(3)
+    assert plan.max_size == 1
+    plan.refused(1)
+    assert plan.max_size == 1
+    for _ in range(15):
+        plan.accepted(1)
+    assert plan.max_size == 1
+    plan.accepted(1)
+    assert plan.max_size == 2
+    for _ in range(100):
+        plan.accepted(2)
+    assert plan.max_size == 16

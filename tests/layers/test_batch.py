@@ -719,6 +719,21 @@ async def test_overload_makes_the_next_groups_smaller(clock: ManualClock) -> Non
     assert sizes(upstream)[3:] == [6, 2]
 
 
+@manual_time
+async def test_batches_come_back_after_an_overload_that_took_them_all(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=0.1)
+    batcher = bound(upstream, clock, max_size=8)
+    for prompts in ("abcdefgh", "ab"):
+        upstream._script.append(error_reply(503))
+        await asyncio.gather(*start(batcher, *prompts))
+    upstream.calls.clear()
+    await asyncio.gather(*start(batcher, *map(str, range(4))))
+    assert sizes(upstream) == [1, 1, 1, 1]
+    for _ in range(20):
+        await asyncio.gather(*start(batcher, *map(str, range(8))))
+    assert sizes(upstream)[-1] == 8
+
+
 # ── cancellation ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
