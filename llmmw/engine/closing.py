@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 from llmmw.errors import Closed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncGenerator, Iterable
 
 
 DRAIN_S = 30.0
@@ -39,6 +40,13 @@ async def close_all(parts: Iterable[Closable]) -> Exception | None:
         except Exception as error:  # noqa: BLE001 — a user's layer or endpoint may raise anything
             first = first or error
     return first
+
+
+def end_by_hand(watch: AsyncGenerator[None] | None) -> None:
+    """Close a generator that has nothing to await any more, without its loop, which may never run again."""
+    if watch is not None:
+        with contextlib.suppress(StopIteration, RuntimeError):  # RuntimeError: its loop is closing it right now
+            watch.aclose().send(None)
 
 
 async def give_up(task: asyncio.Task[None] | None) -> None:

@@ -19,7 +19,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmmw.engine.bridge import Bridged, HomeLost, LoopThread, StandsStill, outcome_of, outcome_of_sync
-from llmmw.engine.closing import closed_error
+from llmmw.engine.closing import closed_error, end_by_hand
 from llmmw.errors import Closed, ConfigError
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Home:
         if self.loop is running:
             return True
         with self._lock:
-            self._refuse_over()
+            if self._over:
+                raise closed_error()
             if self._alive() or self._in_doubt():
                 return False
             self._settle(running)
@@ -103,15 +104,12 @@ class Home:
             Closed: `settle_down` was called.
         """
         with self._lock:
-            self._refuse_over()
+            if self._over:
+                raise closed_error()
             if not self._alive() and not self._in_doubt():
                 # The new thread settles while this one waits holding the lock, so nobody sees half a move.
                 thread = self._thread = LoopThread(self._settle)
                 weakref.finalize(self, thread.finish)
-
-    def _refuse_over(self) -> None:
-        if self._over:
-            raise closed_error()
 
     def _alive(self) -> bool:
         loop = self.loop
@@ -140,6 +138,7 @@ class Home:
         self.loop = loop
         self._runner = threading.get_ident()
         self._dying = self._paused = None
+        end_by_hand(self._sentinel)
         sentinel = self._watch(loop)
         with contextlib.suppress(StopIteration):  # runs to its first `yield`: no loop turn is needed
             sentinel.__anext__().send(None)
