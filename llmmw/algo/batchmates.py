@@ -69,7 +69,8 @@ def grouping(call: Call) -> Grouping | None:
     # In the order they were given below the first level: that of a schema's fields can change the answer.
     rest = [pair for pair in sorted(call.payload.items()) if pair[0] not in {field, "stream"}]
     try:
-        shared = msgspec.json.encode(rest)
+        # No list of prompts may hold texts and token ids.
+        shared = msgspec.json.encode((isinstance(call.payload[field], str), rest))
         twin = msgspec.json.encode(call.payload[field]) if call.payload.get("temperature") == 0 else None
     except (TypeError, ValueError, RecursionError):
         return None
@@ -154,7 +155,7 @@ def split_answer(body: object, calls: Sequence[Call]) -> list[tuple[dict[str, An
 
 
 def _divide_usage(usage: Usage, calls: Sequence[Call], bodies: Sequence[dict[str, Any]]) -> list[Usage]:
-    lengths = [len(repr(call.payload[_PROMPT[call.op]])) for call in calls]
+    lengths = [prompt_tokens({_PROMPT[call.op]: call.payload[_PROMPT[call.op]]}) for call in calls]
     outputs = [len(text_of(own)) + 1 if own["choices"] else 0 for own in bodies]
     inputs = divide(usage.input_tokens, lengths)
     cached = divide(usage.cached_tokens, inputs)

@@ -82,6 +82,13 @@ def test_what_always_goes_alone(call: Call) -> None:
     assert grouping(call) is None
 
 
+def test_texts_and_token_ids_are_not_mixed() -> None:
+    text, ids = (grouping(Call("complete", "m", {"prompt": prompt})) for prompt in ("a", [1, 2]))
+    assert text is not None
+    assert ids is not None
+    assert text.kind != ids.kind
+
+
 def test_who_may_share_a_request() -> None:
     def joint(call: Call) -> bool:
         found = grouping(call)
