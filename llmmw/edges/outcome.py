@@ -82,11 +82,10 @@ def _count_attempts(reply: Reply) -> bytes:
 def failure_of(error: BaseException) -> Answer | Failure:
     """What an HTTP client sees of an error of llmmw: a response, or the name of its library's exception."""
     if isinstance(error, AllEndpointsFailed):
-        last = error.exceptions[-1]
-        found = failure_of(last)
-        return (
-            _refusal(found.status, error, getattr(last, "retry_after_s", None)) if isinstance(found, Answer) else found
-        )
+        found = failure_of(error.exceptions[-1])
+        waits = [getattr(one, "retry_after_s", None) for one in error.exceptions]
+        soonest = min((wait for wait in waits if wait is not None), default=None)
+        return _refusal(found.status, error, soonest) if isinstance(found, Answer) else found
     if isinstance(error, StatusError):
         return _refusal(error.status, error, error.retry_after_s, error.code)
     if isinstance(error, Refused):

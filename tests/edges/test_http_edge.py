@@ -247,6 +247,14 @@ def test_the_last_endpoints_retry_after_is_passed_on():
     assert (answer.status, headers_of(answer)[b"retry-after"]) == (429, b"7")
 
 
+def test_the_first_endpoint_that_may_answer_again_says_when():
+    errors = [CircuitOpen("a", retry_after_s=2.1), StatusError("b", status=429, retry_after_s=40.0), CircuitOpen("c")]
+    answer = failure_of(AllEndpointsFailed("all", errors))
+    assert isinstance(answer, Answer)
+    assert dict(answer.headers)[b"retry-after"] == b"3"
+    assert dict(answer.headers)[b"x-should-retry"] == b"false"
+
+
 def test_any_other_exception_of_a_fallback_is_a_bad_gateway():
     answer = failure_of(AllEndpointsFailed("all", [RuntimeError("a user's own")]))
     assert isinstance(answer, Answer)
