@@ -78,6 +78,7 @@ class Leases:
         self._clock = env.clock.monotonic
         self._wake = wake
         self._patience_s = positive_seconds("patience", options.patience)
+        self._processes = options.processes
         self._share = Share(options.processes)
         self._serial = f"{next(_serial)}-{env.rng.getrandbits(32):08x}"
         self._limits: Amounts = ()
@@ -250,6 +251,7 @@ class Leases:
         self._task = self._timer = None
         if self._pid != os.getpid():
             self._pid = os.getpid()
+            self._share = Share(self._processes)  # another member, who was told nothing yet
             self._changes.clear()  # the parent tells them
         elif lease is not None and lease.cell is not None:
             self._changes.append((lease.cell, tuple(-amount for amount in lease.amounts)))

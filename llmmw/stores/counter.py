@@ -114,7 +114,7 @@ class FileCounter:
             database.execute("BEGIN IMMEDIATE")
             try:
                 row = database.execute(_READ, (bucket,)).fetchone()
-                old = row[0] if row is not None and isinstance(row[0], bytes) else None
+                old = None if row is None else row[0] if isinstance(row[0], bytes) else b""
                 new, result = change(old, SYSTEM_CLOCK.monotonic())
                 database.execute(_WRITE, (bucket, new))
                 database.execute("COMMIT")

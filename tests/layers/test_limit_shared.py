@@ -314,3 +314,21 @@ async def test_limit_11_buckets_that_are_forgotten_ask_no_more(clock):
     await asyncio.sleep(30)
     assert world.counter.asked - asked < 20
     await world.close()
+
+
+@manual_time
+async def test_limit_11_a_forked_child_is_another_member_and_owes_nothing(clock, monkeypatch):
+    world = World(clock, processes=2, rpm=None, tpm=1000)
+    world.crowd(3)
+    await asyncio.sleep(0.01)
+    leases = next(iter(world.limiters[0]._gates.values())).allowance.leases
+    assert leases.members == 2
+    leases.report(1.0, (-5,))
+    monkeypatch.setattr("os.getpid", lambda: 4321)
+    world.limiters[0].rehome()
+    assert leases.members == 4
+    assert not leases._changes
+    await world.limiters[0](chat_call())
+    assert leases.members == 3
+    monkeypatch.undo()
+    await world.close()

@@ -168,10 +168,16 @@ async def test_a_file_that_was_exchanged_is_noticed(tmp_path):
 async def test_rows_of_a_foreign_hand_do_not_stop_calls(tmp_path):
     bound = limiter(tmp_path / "d")
     await ask(bound)
+    spent = FileCounter(str(tmp_path / "d"), 5.0)
     with sqlite3.connect(tmp_path / "d" / FILE) as database:
         database.execute("UPDATE buckets SET state = 'text'")
     database.close()
-    assert (await ask(bound)).ok
+    (bucket,) = {gate.allowance.leases._bucket for gate in bound._gates.values()}
+    assert await spent.update(bucket, lambda old, now: (b"x", old)) == b""
+    with pytest.raises(RateLimited):  # what cannot be read counts as a limit just spent
+        await ask(bound)
+    assert not bound.gauges()["shared_lost"]
+    await spent.aclose()
     await bound.aclose()
 
 
