@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.call import Outcome, Reply
-from llmmw.edges.many import check_all, outcomes_of, what_failed
+from llmmw.edges.many import build_all, outcomes_of, what_failed
 from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of
 from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.engine.atwork import AtWork
@@ -203,8 +203,8 @@ class Client(ClientBase):
             One Outcome per request, in order.
 
         Raises:
-            ConfigError: a request of a list is malformed, or `previous` has another length; nothing was sent. A
-                malformed request from an iterator fails alone.
+            ConfigError: a request of a list (with `offline`: any) is malformed, or `previous` has another length;
+                nothing was sent. Else a malformed request from an iterator fails alone.
         """
         return await self._many(
             requests, lambda request: self.requests.any(request, common), previous, on_progress, offline
@@ -233,14 +233,15 @@ class Client(ClientBase):
     async def _ask_all(
         self, items: Iterable[T], build: Callable[[T], Call], on_progress: Progress | None, offline: Offline | None
     ) -> list[Outcome]:
-        if isinstance(items, Sequence):
-            await check_all(items, build)
         if offline is None:
+            if isinstance(items, Sequence):
+                await build_all(items, build, keep=False)
             return await outcomes_of(items, lambda item: self._outcome(build(item)), on_progress)
         from llmmw.offline import offline_of  # noqa: PLC0415 — loaded where it is asked for
         from llmmw.offline.run import run  # noqa: PLC0415 — as above
 
-        return await run(self.engine, self.endpoint, offline_of(offline), [build(item) for item in items], on_progress)
+        calls = await build_all(items, build, keep=True)
+        return await run(self.engine, self.endpoint, offline_of(offline), calls, on_progress)
 
     async def _outcome(self, call: Call) -> Outcome:
         return Outcome(reply=answer_of(await self.engine.call(call)))

@@ -13,6 +13,8 @@ from llmmw.errors import AmbiguousOutcome, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    from llmmw.call import Call
+
     Progress = Callable[[int, int], object]
 
 T = TypeVar("T")
@@ -24,19 +26,23 @@ _AT_ONCE = 500
 _PENDING = Outcome()
 
 
-async def check_all(items: Sequence[T], build: Callable[[T], object]) -> None:
-    """Find what is malformed in a list before any of it is sent.
+async def build_all(items: Iterable[T], build: Callable[[T], Call], *, keep: bool) -> list[Call]:
+    """The calls of all items (none of them, without `keep`): what is malformed is found before anything is sent.
 
     Raises:
         ConfigError: an item cannot become a call.
     """
+    found: list[Call] = []
     for index, item in enumerate(items):
         try:
-            build(item)
+            call = build(item)
         except ConfigError as error:
             raise ConfigError(f"item {index}: {error.message}") from None
+        if keep:
+            found.append(call)
         if index % _AT_ONCE == _AT_ONCE - 1:
             await ambient_clock().sleep(0)  # others on the loop get their turn
+    return found
 
 
 def what_failed(items: Sequence[T], previous: Sequence[Outcome]) -> list[T]:

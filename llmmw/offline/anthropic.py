@@ -104,7 +104,7 @@ class Anthropic:
     async def results(self, api: Api, standing: Standing) -> list[tuple[str, Reply | Exception]]:
         """One line for each request."""
         found: list[tuple[str, Reply | Exception]] = []
-        for line in await api.lines(f"{_PATH}/{standing.batch}/results"):
+        async for line in api.in_turns(await api.lines(f"{_PATH}/{standing.batch}/results")):
             custom_id = line.get("custom_id")
             if isinstance(custom_id, str):
                 found.append((custom_id, _outcome(mapping(line.get("result")), api.name, standing)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -14,11 +14,14 @@ from llmmw.fault import Fault, FaultKind, classify, error_of
 from llmmw.wire import decode_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Iterable, Mapping
 
     from llmmw.env import Env
     from llmmw.wire import HTTPRequest
 
+T = TypeVar("T")
+
+_AT_ONCE = 500
 _NOTHING_DONE = frozenset({FaultKind.NOT_SENT, FaultKind.RATE})
 """The server did nothing with the request."""
 _PASSING = _NOTHING_DONE | {FaultKind.SERVER, FaultKind.AMBIGUOUS, FaultKind.MALFORMED}
@@ -166,6 +169,13 @@ class Api:
         if not answer or answer.get("error"):
             raise ProtocolError(f"{self.name} answered with a success status, but with no object")
         return answer
+
+    async def in_turns(self, things: Iterable[T]) -> AsyncGenerator[T]:
+        """All of them, with a turn for others on the loop now and then."""
+        for number, thing in enumerate(things, 1):
+            yield thing
+            if number % _AT_ONCE == 0:
+                await self.env.clock.sleep(0)
 
     async def pause(self, wait_s: float) -> None:
         """Wait.

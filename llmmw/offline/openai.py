@@ -107,7 +107,7 @@ class OpenAI:
         """What both files say."""
         found: list[tuple[str, Reply | Exception]] = []
         for file in standing.files:
-            for line in await api.lines(f"/files/{name_of(file)}/content"):
+            async for line in api.in_turns(await api.lines(f"/files/{name_of(file)}/content")):
                 custom_id = line.get("custom_id")
                 if isinstance(custom_id, str):
                     found.append((custom_id, _outcome(line, api.name, standing)))

@@ -37,7 +37,6 @@ _ROUNDS = 4
 """So often what a batch left open (refused whole for somebody else's line, taken for another's) is submitted anew."""
 _GONE = frozenset({404, 410})
 _FIRST_LOOK_S, _SLOWER = 1.0, 1.5
-_AT_ONCE = 500
 _READINGS = 3
 
 
@@ -113,10 +112,8 @@ class Run:
             max_bytes=settings.max_bytes,
             on_progress=on_progress,
         )
-        for index, call in enumerate(calls):
+        async for index, call in self._api.in_turns(enumerate(calls)):
             questions.add(index, call)
-            if index % _AT_ONCE == _AT_ONCE - 1:
-                await self._api.env.clock.sleep(0)  # others on the loop get their turn
         submissions = self._submissions
         await submissions.load()
         await self._recall()
@@ -228,11 +225,11 @@ class Run:
         """Results by id: of one that comes twice neither counts, and one that nobody asked for is nobody's."""
         members = set(manifest.ids)
         found: dict[str, list[Reply | Exception]] = {}
-        for custom_id, outcome in results:
+        async for custom_id, outcome in self._api.in_turns(results):
             if custom_id in members and custom_id in self._questions.open:
                 found.setdefault(custom_id, []).append(outcome)
         fresh: list[tuple[Call, Reply]] = []
-        for custom_id, outcomes in found.items():
+        async for custom_id, outcomes in self._api.in_turns(found.items()):
             outcome = outcomes[0]
             if len(outcomes) > 1:
                 outcome = ProtocolError(f"{len(outcomes)} results for one request", endpoint=self._api.name)

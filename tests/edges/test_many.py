@@ -10,7 +10,7 @@ import pytest
 
 from llmmw import Client, ConfigError, Outcome, ProtocolError, RateLimiter, Stack, using
 from llmmw.call import Reply
-from llmmw.edges.many import MAX_TASKS, check_all, outcomes_of, what_failed
+from llmmw.edges.many import MAX_TASKS, build_all, outcomes_of, what_failed
 from llmmw.errors import AmbiguousOutcome
 from llmmw.testing.clock import manual_time
 from llmmw.testing.server import ServerConfig, running_server
@@ -200,7 +200,7 @@ async def test_a_malformed_item_is_named_before_anything_is_done(clock):
             raise ConfigError("no good")
 
     with pytest.raises(ConfigError, match="item 700: no good"):
-        await check_all(range(2000), build)
+        await build_all(range(2000), build, keep=True)
 
 
 @pytest.fixture

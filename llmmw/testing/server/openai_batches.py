@@ -45,31 +45,33 @@ async def create(exchange: Exchange) -> Answer:
     if key != exchange.key or asked.get("endpoint") not in OPENAI or asked.get("completion_window") != "24h":
         raise bad_value("Invalid batch: input_file_id, endpoint and completion_window '24h' are needed.", "batch")
     batch = Batch(book.new_id("batch_"), exchange.key, time.time(), [], asked)
+    seen: dict[str, object] = {}
     for number, line in enumerate(data.splitlines(), 1):
-        _take_line(core, batch, number, line)
+        _take_line(core, batch, seen, number, line)
     book.batches[batch.id] = batch
     return Plain(encode(_openai(batch)))
 
 
-def _take_line(core: Core, batch: Batch, number: int, line: bytes) -> None:
+def _take_line(core: Core, batch: Batch, seen: dict[str, object], number: int, line: bytes) -> None:
     try:
         asked = as_dict(msgspec.json.decode(line))
     except (msgspec.DecodeError, UnicodeDecodeError):
         asked = {}
     body, custom_id = as_dict(asked.get("body")), str(asked.get("custom_id") or "")
-    models = {str(as_dict(msgspec.json.decode(item.body)).get("model")) for item in batch.items}
+    model = body.get("model")
     code = ""
     if not custom_id or not body or asked.get("url") != batch.asked["endpoint"] or asked.get("method") != "POST":
         code = "invalid_line"
-    elif any(item.custom_id == custom_id for item in batch.items):
+    elif custom_id in seen:
         code = "duplicate_custom_id"
-    elif body.get("model") not in core.config.models and not core.config.any_model:
+    elif model not in core.config.models and not core.config.any_model:
         code = "model_not_found"
-    elif models and body.get("model") not in models:
+    elif next(iter(seen.values()), model) != model:
         code = "mismatched_model"
     if code:
         message = f"Line {number}: {code.replace('_', ' ')}."
         batch.errors = [*batch.errors, {"code": code, "line": number, "message": message, "param": None}]
+    seen[custom_id] = model
     batch.items.append(Item(custom_id, batch.asked["endpoint"], encode(body)))
 
 
