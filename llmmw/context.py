@@ -64,7 +64,8 @@ def using(
         priority: smaller runs earlier.
         deadline: seconds from now (or text such as "20s"); an inner block cannot extend an outer one. Every engine
             keeps it, whatever its layers; those that wait also refuse early what cannot be done in time.
-        tenant: answers are not shared between tenants.
+        tenant: answers are not shared between tenants. Those who share one can tell by the time an answer takes
+            whether somebody else has asked the same: give a tenant of their own to whom that must not be told.
         tags: added to the outer tags; cached answers can be invalidated by tag.
 
     Raises:

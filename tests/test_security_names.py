@@ -88,3 +88,7 @@ def test_security_06_a_call_with_hostile_names_prints_on_one_short_line():
         assert len(shown) < 1000
         assert "\n" not in shown
         assert "\x00" not in shown
+
+
+def test_security_a_shared_namespace_documents_its_timing_side_channel():
+    assert "by the time an answer takes" in " ".join((using.__doc__ or "").split())

@@ -21,6 +21,7 @@ from llmmw.errors import (
     ConfigError,
     ConnectionFailed,
     MissingExtra,
+    ProtocolError,
     ResponseTooLarge,
     StaleConnection,
 )
@@ -446,6 +447,37 @@ async def test_pool_03_an_idle_connection_closed_just_before_reuse(safe, tls_h2)
 
 
 # Peers that break the rules
+
+
+@pytest.mark.parametrize("status", ["0", "000", "abc", "", "2000"])
+async def test_a_status_that_is_none_is_a_protocol_error(status, tls_h2):
+    def script(peer, stream):
+        # By hand: h2 checks nothing here, but its state must know of the response.
+        peer.h2.send_headers(stream, [(":status", status)])
+        peer.flush()
+
+    async with H2Server(tls_h2, script) as server, opened() as pool:
+        with pytest.raises((ProtocolError, AmbiguousOutcome)):
+            await ask(pool, post(server))
+        assert pool.gauges()["in_flight"] == 0
+
+
+async def test_security_04_a_peer_that_pings_and_takes_no_answer_is_left(tls_h2):
+    async def flood(peer):
+        peer.transport.transport.pause_reading()
+        with contextlib.suppress(OSError):
+            while not peer.transport.is_closing():
+                peer.transport.write((b"\x00\x00\x08\x06\x00\x00\x00\x00\x00" + bytes(8)) * 4000)
+                await peer.transport.drain()
+
+    def script(peer, stream):
+        peer.server.tasks.add(asyncio.ensure_future(flood(peer)))
+
+    async with H2Server(tls_h2, script) as server, opened() as pool:
+        async with asyncio.timeout(30):
+            with pytest.raises(AmbiguousOutcome):
+                await ask(pool, post(server))
+        server.peers[0].transport.transport.abort()
 
 
 @pytest.mark.parametrize(

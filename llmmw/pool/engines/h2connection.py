@@ -42,6 +42,8 @@ _WINDOW = 256 * 1024
 """Bytes that one slow reader lets pile up. The connection has room for all of them, so none delays another."""
 _MAX_FRAME = 16 * 1024
 _FRAME_HEAD = 9
+_MAX_UNSENT = 4 * 1024 * 1024
+"""Far above what sending a body leaves in the buffer, for that waits."""
 _CLOSE_S = 1.0
 """How long a peer may take over its farewell."""
 
@@ -209,6 +211,10 @@ class Connection(asyncio.Protocol):
             return
         del buffer[:taken]
         self._flush()
+        if self.transport.get_write_buffer_size() > _MAX_UNSENT:
+            # Pings and settings without end, each of which wants an answer, from a peer that takes none.
+            self._break_off(FrameTooLargeError("more to answer than the peer takes"))
+            return
         self._there_is_room()
 
     def _take(self, event: Event) -> None:

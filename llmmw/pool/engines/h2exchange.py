@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
+from llmmw.errors import ProtocolError
 from llmmw.pool.engine import Lost
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ class Exchanged:
 
     def begins(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """The head of the response."""
-        self.status = int(dict(headers).get(b":status", b"0"))
+        status = dict(headers).get(b":status", b"")
+        if not (status.isdigit() and len(status) == len("200") and status[:1] != b"0"):
+            self.fail(ProtocolError("the response has no status that HTTP knows"))
+            return
+        self.status = int(status)
         self.headers = [pair for pair in headers if pair[0][:1] != b":"]
         self._woken()
 
