@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -168,4 +169,41 @@ def test_a_call_that_reaches_its_home_while_that_says_goodbye_is_begun_elsewhere
     engine.close()
     gc.collect()
     assert [record.message for record in caplog.records] == []
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt])
+def test_a_guest_that_goes_as_its_chunk_arrives_leaves_no_stream_open(monkeypatch, kind):
+    """Nobody else would tell: the chunk was delivered, and a close would wait for the stream to be collected."""
+    engine = Stack().bind(FakeUpstream([Reply(chunks=ScriptedChunks(chat_chunks("one two")))]))
+    home, kept = engine._home, []
+
+    async def delivered(make, *, repeat=True):
+        await type(home).run(home, make, repeat=repeat)
+        raise kind
+
+    def delivered_sync(make, *, repeat=True):
+        type(home).run_sync(home, make, repeat=repeat)
+        raise kind
+
+    async def guest():
+        kept.append(await engine.call(chat_call(stream=True)))
+        monkeypatch.setattr(home, "run", delivered)
+        with pytest.raises(kind):
+            await kept[0].chunks.__anext__()
+
+    with engine:
+        if kind is KeyboardInterrupt:
+            kept.append(engine.call_sync(chat_call(stream=True)))
+            monkeypatch.setattr(home, "run_sync", delivered_sync)
+            with pytest.raises(kind):
+                kept[0].chunks.next_sync()
+        else:
+            asyncio.run(guest())
+        monkeypatch.undo()
+        until = time.monotonic() + 20
+        while engine.get_performance_stats()["in_flight"]:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    assert engine.get_performance_stats()["cancelled"] == 1
     assert own_threads() == []

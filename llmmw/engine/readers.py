@@ -78,11 +78,15 @@ class GuardedChunks:
             self._broken = why
             await self._tap.aclose()
 
-    def __del__(self) -> None:
+    def release(self) -> None:
+        """`aclose`, soon, from any thread: for a reader that is gone."""
         if not self._over and not self.loop.is_closed():
             loop, tap = self.loop, self._tap
             with contextlib.suppress(RuntimeError):  # closed on its own thread meanwhile
                 loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
+
+    def __del__(self) -> None:
+        self.release()
 
 
 class BridgedChunks:
@@ -105,7 +109,11 @@ class BridgedChunks:
 
     async def __anext__(self) -> Chunk:
         self._inner.reader = whose()
-        found = await self._home.run(self._next, repeat=False)
+        try:
+            found = await self._home.run(self._next, repeat=False)
+        except asyncio.CancelledError:
+            self._inner.release()  # the chunk may have come in this moment: then nobody has told the stream
+            raise
         if found is None:
             raise StopAsyncIteration
         return found
@@ -118,7 +126,11 @@ class BridgedChunks:
     def next_sync(self) -> Chunk | None:
         """The next chunk, or None at the end, from plain code."""
         self._inner.reader = whose()
-        return self._home.run_sync(self._next, repeat=False)
+        try:
+            return self._home.run_sync(self._next, repeat=False)
+        except KeyboardInterrupt:
+            self._inner.release()  # as above
+            raise
 
     def close_sync(self) -> None:
         """`aclose` from plain code."""
