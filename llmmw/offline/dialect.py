@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Ending = Literal["completed", "expired", "canceled", "failed"]
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _JSON = (("content-type", "application/json"),)
 _FIRST_REFUSAL, _LAST_STATUS = 400, 599
 
@@ -122,6 +124,6 @@ def refused_whole(error: Any, endpoint: str) -> StatusError:
 
 def name_of(found: object, endpoint: str = "") -> str:
     """A name that the server gave, fit for a path."""
-    if not isinstance(found, str) or not found or not all(letter.isalnum() or letter in "-_." for letter in found):
+    if not isinstance(found, str) or _NAME.fullmatch(found) is None:
         raise ProtocolError("an object without a usable id", endpoint=endpoint)
     return found

@@ -10,6 +10,7 @@ import pytest
 from llmmw import errors
 from llmmw.call import Call, Reply
 from llmmw.offline import OfflineBatch
+from llmmw.offline.dialect import name_of
 from llmmw.offline.run import cancel, run
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import chat_call
@@ -241,3 +242,10 @@ def test_manifests_of_other_servers_and_apis_are_left_alone(desk, world):
         assert len(list(mine.options.directory.glob("batch-*.json"))) == 2
 
     go()
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", "a/b", "a?b", "", 5, None, "é", "x" * 300, "a b", "a\n"])
+def test_names_that_the_server_gives_cannot_lead_elsewhere(name):
+    with pytest.raises(errors.ProtocolError):
+        name_of(name)
+    assert name_of("batch_67aB-9.x") == "batch_67aB-9.x"
