@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmmw.events import CacheTrouble, Warned
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import DATABASE, Refused, check, identity, prepare, quarantine
-from llmmw.stores.schema import BadRow, Corrupt, Unsealable, is_busy
+from llmmw.stores.schema import BadRow, Corrupt, Unsealable, is_busy, is_full
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,6 +196,8 @@ class Keeper:
             self.trouble(
                 "unavailable", f"the cache directory takes no writes now; memory does its job: {_short(error)}"
             )
+            if self._writes.failed and not is_full(error):
+                self.close()  # twice in a row: what is open may be at fault, and not the disk
             self._writes.begin()
         else:
             self._failed(error)
@@ -244,6 +246,8 @@ class _Pause:
         self._clock = env.clock
         self._length_s = _FIRST_RETRY_S
         self.until = float("-inf")
+        self.failed = False
+        """Whether the last try did."""
 
     @property
     def is_on(self) -> bool:
@@ -252,11 +256,13 @@ class _Pause:
 
     def begin(self) -> None:
         """It failed again."""
+        self.failed = True
         self.until = self._clock.monotonic() + self._length_s
         self._length_s = min(2 * self._length_s, _LAST_RETRY_S)
 
     def over(self) -> None:
         """It works."""
+        self.failed = False
         self.until = float("-inf")
         self._length_s = _FIRST_RETRY_S
 

@@ -62,6 +62,11 @@ def is_busy(error: Exception) -> bool:
     return code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
+def is_full(error: Exception) -> bool:
+    """Whether there is no room on the disk."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+
+
 def connect(directory: Path, timeout_s: float) -> sqlite3.Connection:
     """A connection to an existing database that runs nothing it finds there; busy is an error after `timeout_s`.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -513,8 +512,3 @@ async def test_an_answer_from_the_future_is_a_miss(place, lead_s, is_found):
         sources.append((await cache(chat_call())).source)
         await cache.aclose()
     assert sources == ["upstream", "cache" if is_found else "upstream"]
-
-
-def test_limits_of_this_process_are_as_they_were():
-    """The tests above set some in children only."""
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -796,6 +796,39 @@ async def test_a_read_that_finds_the_database_locked_is_a_miss_and_closes_nothin
     await rig.store.aclose()
 
 
+@pytest.mark.parametrize(
+    ("code", "is_reopened"), [("SQLITE_IOERR", True), ("SQLITE_READONLY", True), ("SQLITE_FULL", False)]
+)
+async def test_a_database_that_takes_no_writes_twice_is_opened_anew_unless_the_disk_is_full(
+    place, monkeypatch, code, is_reopened
+):
+    def fails(*_):
+        error = sqlite3.OperationalError("no")
+        error.sqlite_errorcode = getattr(sqlite3, code)
+        raise error
+
+    await stored(place)
+    rig = Rig(place)
+    await rig.store.get(KEY)
+    first = rig.store._keeper._rows
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "set", fails)
+        for number in range(2):
+            rig.store._keeper._writes.until = 0.0
+            rig.store.put(bytes([number]), entry(), 60)
+            await served(rig)
+            while rig.store.gauges()["waiting writes"]:
+                await asyncio.sleep(0.001)
+            assert rig.store.gauges()["disk"] == "no writes"
+    assert await rig.store.get(KEY) is not None
+    assert (rig.store._keeper._rows is not first) is is_reopened
+    rig.store._keeper._writes.until = 0.0
+    rig.store.put(b"after", entry(), 60)
+    await rig.store.aclose()
+    assert (await found_in(place, b"after"))[0] is not None
+    assert rig.troubles() == ["unavailable", "write dropped"] * 2
+
+
 async def test_a_database_exchanged_while_it_is_opened_is_not_used(place, monkeypatch):
     await stored(place)
     other = place.parent / "other"
