@@ -128,3 +128,16 @@ def test_outages_are_counted_and_judged(tmp_path):
     assert found["refused", "recommended"]["success"] == 0
     assert found["refused", "recommended"]["load"] < 1 < found["refused", "retries"]["load"] < 2
     assert "budgets broken" in done.stdout
+
+
+def test_growth_is_measured_for_each_size_and_judged(tmp_path):
+    target = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / "growth.py"), "--json", str(target), "--repeats", "1"]
+    command += ["--largest", "1000", "--calls", "200", "--only", "memory hit", "waiter left"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode in {0, 1}, done.stderr
+    found = json.loads(target.read_text())
+    assert [row["name"] for row in found["rows"]] == ["memory hit", "memory hit, on any", "waiter left"]
+    assert all(row["us"].keys() == {"1000"} and row["ratio"] == 1 and row["ok"] for row in found["rows"])
+    assert len(found["memory_mb"]) == 10
+    assert "1.00x  ok" in done.stdout
