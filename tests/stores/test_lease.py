@@ -53,9 +53,22 @@ class Process:
         env = Env(clock=Ahead(ahead_s), sinks=(self.told.append,))
         self.coalescer = Coalescer(lease=lease, finish_orphans=finish_orphans).bind(self._answer, env)
         self.cache = TTLCache(options.pop("ttl", 300), directory=directory, **options).bind(self.coalescer, env)
+        self.standings = []
+        if self.cache._store.backing is not None:
+            self._note_standings(self.cache._store.backing._table)
         self.asked = asyncio.Event()
         self.go = asyncio.Event()
         self.answers = []
+
+    def _note_standings(self, table):
+        take = table.take
+
+        def noted(key, lease_s, *, followed):
+            standing = take(key, lease_s, followed=followed)
+            self.standings.append(standing and standing.how)
+            return standing
+
+        table.take = noted
 
     async def _answer(self, call):
         self.asked.set()
@@ -148,7 +161,7 @@ async def test_a_failed_call_gives_the_lease_back_and_who_waited_asks(place):
     first = one.ask()
     await one.asked.wait()
     second = other.ask()
-    await seen(lambda: other.told)
+    await seen(lambda: "held" in other.standings)
     one.go.set()
     other.go.set()
     with pytest.raises(ValueError, match="broke"):
@@ -166,7 +179,7 @@ async def test_an_answer_that_is_not_stored_makes_no_queue_of_processes(place):
     first = processes[0].ask()
     await processes[0].asked.wait()
     others = [process.ask() for process in processes[1:]]
-    await asyncio.sleep(0.1)  # they wait, or come too late to wait: the promise is the same
+    await seen(lambda: all("held" in process.standings for process in processes[1:]))
     processes[0].go.set()
     assert await first == ("upstream", "cut off")
     for process in processes[1:]:
@@ -241,8 +254,7 @@ async def test_cancelled_while_it_waits_it_does_not_disturb_the_holder(place):
     first = one.ask()
     await one.asked.wait()
     second = other.ask()
-    await seen(lambda: other.told)
-    await asyncio.sleep(0.05)
+    await seen(lambda: "held" in other.standings)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
