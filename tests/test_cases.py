@@ -37,6 +37,11 @@ def test_a_test_that_carries_an_id_carries_that_of_a_case():
     assert unknown == set()
 
 
+def test_every_case_has_a_test():
+    proved = {listing.case_of(name) for name, _ in listing.tests_in_files()}
+    assert {case: text for case, text in listing.cases().items() if case not in proved} == {}
+
+
 def test_names_are_read():
     assert listing.case_of("test_cache_03_unknown_fields_count") == "cache-3"
     assert listing.case_of("test_limit_11_x") == "limit-11"
