@@ -36,9 +36,13 @@ class Mailbox:
     def expect(self, number: int, budget_s: float) -> asyncio.Future[Any]:
         """What the caller waits for; None after so many seconds."""
         found: asyncio.Future[Any] = self.loop.create_future()
-        self._expected.append((found, number, self.loop.time() + budget_s))
+        due = self.loop.time() + budget_s
+        if self._timer is not None and self._timer.when() > due:  # the first read of all has more time
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self.loop.call_later(budget_s, self._check)
+            self._timer = self.loop.call_at(due, self._check)
+        self._expected.append((found, number, due))
         return found
 
     def post(self, found: asyncio.Future[Any], result: object) -> None:
