@@ -61,7 +61,8 @@ class Hedger:
 
     async def aclose(self) -> None:
         """Wait for requests that were given up."""
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        if self._leaving:
+            await asyncio.wait(self._leaving)
 
     async def attempt(self, call: Call) -> tuple[Reply | Exception, tuple[Attempt, ...]]:
         """Ask, a second time where the first takes too long.
@@ -129,9 +130,14 @@ class Hedger:
         leaving = [asyncio.create_task(request.leave()) for request in requests]
         for task in leaving:
             self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            task.add_done_callback(self._left)
         if wait and leaving:
-            await asyncio.gather(*leaving, return_exceptions=True)
+            await asyncio.wait(leaving)  # whoever is cancelled again stops waiting, and does not stop the leaving
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._leaving.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody is told: the call has its outcome
 
 
 class _Request:

@@ -335,7 +335,13 @@ class Soak:
         if rng.random() < 0.4:
             layers.append(llmmw.ErrorRouter(fallbacks=[server.base_url for server in self.servers[1:]]))
         layers.append(
-            llmmw.Retry(attempts=rng.choice([1, 3]), backoff=0.01, rate_patience=rng.choice([0, 1]), budget=100_000)
+            llmmw.Retry(
+                attempts=rng.choice([1, 3]),
+                backoff=0.01,
+                rate_patience=rng.choice([0, 1]),
+                budget=100_000,
+                hedge=rng.random() < 0.3,
+            )
         )
         layers.append(llmmw.CircuitBreaker(consecutive=rng.choice([6, 10_000]), min_calls=10_000, open_for=0.05))
         if rng.random() < 0.3:

@@ -196,6 +196,7 @@ def random_stack(rng, fallbacks):
         rate_patience=rng.choice([0, 5, 60]),
         budget=rng.choice([0, 20, 500]),
         duplicate_ok=rng.random() < 0.5,
+        hedge=rng.random() < 0.3,
     )
     return Stack(
         *maybe(0.6, Deadline(rng.choice([2, 30, 300]))),

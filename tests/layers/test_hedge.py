@@ -268,6 +268,27 @@ async def test_cancelled_caller_cancels_both_and_gives_every_permit_back(clock: 
 
 
 @manual_time
+async def test_caller_who_is_cancelled_twice_leaves_nothing_under_way(clock: ManualClock) -> None:
+    upstream = Slow(100.0)
+    engine = asking(clock, upstream, HEDGED, RateLimiter(concurrency=4))
+    await usual(engine)
+    for again in range(6):
+        upstream.latencies.append(100.0)
+        task = asyncio.ensure_future(engine.call(greedy(again)))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        for _ in range(again):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.01)
+        assert upstream.in_flight == 0
+        assert engine.get_performance_stats()["layers"]["limit"]["in_use"] == 0
+    await engine.aclose()
+
+
+@manual_time
 async def test_deadline_ends_both_with_the_history(clock: ManualClock) -> None:
     upstream = Slow(50.0, 50.0)
     engine = asking(clock, upstream, Deadline(5), HEDGED)
