@@ -101,8 +101,13 @@ def seconds(option: str, value: float | str | None) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if not _is_finite(value) or value < 0:
-        raise ConfigError(f'{option}={value!r}: expected seconds >= 0 or text such as "250ms", "10m", "12h"')
+        raise ConfigError(f'{_as_set(option, value)}: expected seconds >= 0 or text such as "250ms", "10m", "12h"')
     return float(value)
+
+
+def _as_set(option: str, value: object) -> str:
+    """The option as the user wrote it: "Timeout(total='x')"."""
+    return f"{option[:-1]}{value!r})" if option.endswith("=)") else f"{option}={value!r}"
 
 
 def positive_seconds(option: str, value: float | str | None) -> float:
@@ -113,7 +118,7 @@ def positive_seconds(option: str, value: float | str | None) -> float:
     """
     found = seconds(option, value)
     if found == 0:
-        raise ConfigError(f"{option}={value!r}: must be greater than 0 seconds")
+        raise ConfigError(f"{_as_set(option, value)}: must be greater than 0 seconds")
     return found
 
 
@@ -128,7 +133,7 @@ def number(
     if not _is_finite(value) or value > high or value < low or (open_low and value == low):
         above = f"greater than {low:g}" if open_low else f"at least {low:g}"
         most = "" if high == math.inf else f" and at most {high:g}"
-        raise ConfigError(f"{option}={value!r}: must be a number {above}{most}")
+        raise ConfigError(f"{_as_set(option, value)}: must be a number {above}{most}")
     return value
 
 
@@ -140,7 +145,7 @@ def whole(option: str, value: int | None, *, low: int = 1, high: int | None = No
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         most = "" if high is None else f" and at most {high}"
-        raise ConfigError(f"{option}={value!r}: must be a whole number, at least {low}{most}")
+        raise ConfigError(f"{_as_set(option, value)}: must be a whole number, at least {low}{most}")
     return value
 
 
@@ -152,7 +157,7 @@ def choice(option: str, value: object, allowed: Iterable[str]) -> str:
     """
     words = tuple(allowed)
     if not isinstance(value, str) or value not in words:
-        raise ConfigError(f"{option}={value!r}: must be one of {', '.join(map(repr, words))}")
+        raise ConfigError(f"{_as_set(option, value)}: must be one of {', '.join(map(repr, words))}")
     return value
 
 
@@ -163,7 +168,7 @@ def switch(option: str, value: object) -> bool:
         ConfigError: anything else, also 0, 1 and texts.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{option}={value!r}: must be True or False")
+        raise ConfigError(f"{_as_set(option, value)}: must be True or False")
     return value
 
 
@@ -174,8 +179,9 @@ def text(option: str, value: object, *, secret: bool = False) -> str:
         ConfigError: anything else (`secret`: without showing it).
     """
     if not isinstance(value, str) or not value:
-        shown = f" (a {type(value).__name__}, not shown)" if secret and value != "" else f"={value!r}"
-        raise ConfigError(f"{option}{shown}: must be a text that is not empty")
+        hidden = secret and value != ""
+        shown = f"{option} (a {type(value).__name__}, not shown)" if hidden else _as_set(option, value)
+        raise ConfigError(f"{shown}: must be a text that is not empty")
     return value
 
 
@@ -189,7 +195,7 @@ def texts(option: str, value: object) -> tuple[str, ...]:
         found = tuple(cast("Iterable[object]", value))
         if all(isinstance(one, str) and one for one in found):
             return cast("tuple[str, ...]", found)
-    raise ConfigError(f"{option}={value!r}: must be a list of texts, none of them empty")
+    raise ConfigError(f"{_as_set(option, value)}: must be a list of texts, none of them empty")
 
 
 def instance(option: str, value: object, kind: type[T], example: str) -> T:
@@ -199,5 +205,5 @@ def instance(option: str, value: object, kind: type[T], example: str) -> T:
         ConfigError: anything else.
     """
     if not isinstance(value, kind):
-        raise ConfigError(f"{option}={value!r}: must be a {kind.__name__}, e.g. {example}")
+        raise ConfigError(f"{_as_set(option, value)}: must be a {kind.__name__}, e.g. {example}")
     return value

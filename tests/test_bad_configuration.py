@@ -144,9 +144,12 @@ WRONG = {
         "keepalive_expiry": POSITIVE + NO_NONE,
         "max_connection_age": POSITIVE,
         "prewarm": (*WHOLE[1:], None, 513),
+        "pool_timeout": POSITIVE,
         "connect_timeout": POSITIVE,
+        "write_timeout": POSITIVE,
         "first_byte_timeout": POSITIVE,
         "chunk_timeout": POSITIVE,
+        "total_timeout": POSITIVE,
         "drain_timeout": DURATION + NO_NONE,
         "retry_on_stale": SWITCH,
         "max_response_bytes": WHOLE + NO_NONE,
@@ -372,7 +375,7 @@ def test_missing_and_surplus_arguments_are_named():
 
 def test_both_of_two_exclusive_options_are_refused():
     assert "endpoint" in refusal(lambda: llmmw.httpx_client(stack(), endpoint=HTTPEndpoint(URL), pool=ConnectionPool()))
-    assert "http2" in refusal(lambda: ConnectionPool(engine="aiohttp", http2=True))
+    assert "write_timeout" in refusal(lambda: ConnectionPool(engine="pyreqwest", write_timeout=5))
     assert "burst" in refusal(lambda: RateLimiter(burst=5))
     assert "either" in refusal(SharedCounter)
     assert "either" in refusal(lambda: SharedCounter("limits", store=FileCounter("limits", 1.0)))
