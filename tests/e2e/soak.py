@@ -340,7 +340,7 @@ class Soak:
                 backoff=0.01,
                 rate_patience=rng.choice([0, 1]),
                 budget=100_000,
-                hedge=rng.random() < 0.3,
+                hedge=self.wild and rng.random() < 0.3,
             )
         )
         layers.append(llmmw.CircuitBreaker(consecutive=rng.choice([6, 10_000]), min_calls=10_000, open_for=0.05))
