@@ -347,7 +347,7 @@ class Day:
             how = "failed" if notes.get("entered") else "at the door"
         except (LLMMWError, ValueError):
             how = "failed"
-        if not notes.get("entered"):
+        if not notes.get("entered") and "how" not in notes:  # a hit is served while the engine closes, too
             how = "at the door"
         self.outcomes[how] += 1
         self.under_way.remove(task)
