@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from llmmw.errors import DeadlineExceeded, UpstreamTimeout
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
@@ -85,11 +87,13 @@ class Until(Generic[T]):
         error: makes the exception for the caller.
         alarms: rings for this wait instead of a timer of its own, where `due` never comes nearer and is finite.
 
+    An error with `sent` tells whether anything had been sent, where the work says so (`mark_unsent`).
+
     Work that finishes, or fails with an error of its own, in the moment of the interruption keeps its outcome, and a
     real cancellation of the task stays one.
     """
 
-    __slots__ = ("_alarms", "_clock", "_due", "_error", "_expired", "_handle", "_told", "_waiting", "_work")
+    __slots__ = ("_alarms", "_clock", "_due", "_error", "_expired", "_handle", "_told", "_unsent", "_waiting", "_work")
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class Until(Generic[T]):
         self._alarms = alarms
         self._handle: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[Any] | None = None
-        self._expired = self._told = False
+        self._expired = self._told = self._unsent = False
 
     def __await__(self) -> Generator[Any, Any, T]:
         """Run the work to its first suspension, arm the timer, then pass everything through by hand."""
@@ -135,14 +139,18 @@ class Until(Generic[T]):
                     waiting = step.throw(asyncio.CancelledError()) if bare else step.send(sent)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]  # as above
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancelled:
             if not self._expired or (task is not None and task.cancelling() > pending):
                 raise
+            self._unsent = is_unsent(cancelled)
         finally:
             waiting = None  # this frame stays with an error, and the future would keep what the work failed of
             self._rest()
         # Out here the error has no context: the cancellation came through the frames that hold the connection.
-        raise self._error()
+        error = self._error()
+        if self._unsent and isinstance(error, UpstreamTimeout | DeadlineExceeded):
+            error.sent = False
+        raise error
 
     def _watch(self) -> None:
         if self._alarms is None:

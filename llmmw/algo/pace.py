@@ -90,6 +90,11 @@ class Pace:
         """Calls per second that are let through at most, once something was learnt."""
         return self._throttle.per_s
 
+    @property
+    def last_grant(self) -> float:
+        """When the last call went out."""
+        return self._throttle.grants[-1] if self._throttle.grants else _NEVER
+
     def opens_at(self, now: float, under_way: int) -> float:
         """When the next call may go out besides those under way; a time that has passed when it may now."""
         if now < self.until:

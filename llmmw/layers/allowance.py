@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MAX_JITTER_S = 5.0
 _JITTER = 0.1
 """Re-admission is spread over a tenth of the pause, so that processes behind one key do not come back together."""
+_LEARNT_FOR_S = 3600.0
+"""What was learnt of a bucket that nobody used for so long need not be remembered."""
 _RAISE_EVERY_S = 1.0
 _RAISE_SHARE = 0.02
 _MEASURES = {"requests": "requests", "total": "tokens", "input": "input_tokens", "output": "output_tokens"}
@@ -96,9 +98,14 @@ class Allowance:
         return self.tokens if self.requests is None else (("requests", self.requests), *self.tokens)
 
     def idle(self, now: float) -> bool:
-        """Whether forgetting this bucket would let nothing through that it holds back."""
-        empty = not any(ledger.used(now) for _, ledger in self.ledgers())
-        return empty and not self.in_use and self.pace.until <= now and self.pace.learnt is None
+        """Whether forgetting this bucket would let nothing through that it holds back, or knows to be too much."""
+        if self.in_use or self.pace.until > now or any(ledger.used(now) for _, ledger in self.ledgers()):
+            return False
+        told = self.requests is not None and self.requests.limit != self.limits.rpm
+        told = told or any(
+            held.limit != units for (_, held), (_, units) in zip(self.tokens, self.limits.tokens, strict=True)
+        )
+        return now - self.pace.last_grant > _LEARNT_FOR_S or (self.pace.learnt is None and not told)
 
     # -- taking -------------------------------------------------------------------------------------------------
 

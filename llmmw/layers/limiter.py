@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import OrderedDict
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 _BUSY = frozenset({503, 529})
 _MAX_BUCKETS = 1000
+"""More are kept only while they hold something back."""
+_LOOKED_AT = 4
+"""Buckets that a new one beyond that many looks at: more than one, so that a table that grew large shrinks again."""
 _NOT_SENT = frozenset({FaultKind.NOT_SENT, FaultKind.REFUSED})
 
 
@@ -52,7 +57,7 @@ class BoundLimiter(Bound):
         super().__init__(inner, env)
         self._layer = layer
         self._limits = self._limits_of(layer)
-        self._gates: dict[object, Gate] = {}
+        self._gates: OrderedDict[object, Gate] = OrderedDict()
         self._counter = None if layer.shared is None else layer.shared.open()
         self._ignored = 0
         self._estimated = 0
@@ -174,14 +179,14 @@ class BoundLimiter(Bound):
 
     def _forget_idle(self) -> None:
         """Keys come and go (a tenant each): buckets that hold nothing back need not be remembered."""
-        now = self.env.clock.monotonic()
-        kept: dict[object, Gate] = {}
-        for key, gate in self._gates.items():
+        now, gates = self.env.clock.monotonic(), self._gates
+        for key, gate in [*islice(gates.items(), _LOOKED_AT)]:
             if gate.queue or not gate.allowance.idle(now):
-                kept[key] = gate
-            elif gate.allowance.leases is not None:
+                gates.move_to_end(key)
+                continue
+            del gates[key]
+            if gate.allowance.leases is not None:
                 gate.allowance.leases.retire()
-        self._gates = kept
 
     def _needs(self, gate: Gate, call: Call) -> tuple[tuple[int, ...], int]:
         """Tokens to reserve, one figure per token limit, and how many answers the call asks for.

@@ -33,7 +33,8 @@ class Timeout(Positioned):
 
     Raises:
         ConfigError: not a duration above zero.
-        UpstreamTimeout: from an attempt; the server may have served it (`sent` is true).
+        UpstreamTimeout: from an attempt; `sent` is true where the server may have served it, false while it was still
+            connecting.
         DeadlineExceeded: from an attempt where the caller's deadline was the nearer limit; if too little time was
             left for nine of ten answers of this model, without asking the endpoint.
     """

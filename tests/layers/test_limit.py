@@ -11,6 +11,8 @@ from llmmw.env import Env
 from llmmw.errors import Closed, ConfigError, ConnectionFailed, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.interrupt import mark_unsent
+from llmmw.layers import gate as gates
+from llmmw.layers.allowance import Allowance
 from llmmw.layers.limit import RateLimiter
 from llmmw.layers.timeout import Timeout
 from llmmw.order import Role
@@ -986,3 +988,53 @@ def test_gradient2_needs_a_concurrency():
     with pytest.raises(ConfigError, match="adaptive"):
         RateLimiter(concurrency=5, adaptive="vegas")
     assert RateLimiter(concurrency="1-4-8", adaptive="gradient2").limits().slots == (1, 4, 8)
+
+
+@manual_time
+async def test_a_new_bucket_costs_the_same_however_many_are_busy(clock):
+    looked_at = 0
+
+    class Looking(Allowance):
+        def idle(self, now):
+            nonlocal looked_at
+            looked_at += 1
+            return super().idle(now)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gates, "Allowance", Looking)
+        bound = limiter(clock, Recorder(clock), rpm=10, window=60)
+        for n in range(2000):
+            await bound(chat_call().replace(model=f"model {n}"))
+        assert level(bound, "buckets") == 2000  # each holds something back
+        assert looked_at <= 4 * 1000
+        await asyncio.sleep(61)
+        for n in range(1000):
+            await bound(chat_call().replace(model=f"later {n}"))
+        assert level(bound, "buckets") == 1000
+
+
+@manual_time
+async def test_limit_14_a_lowered_limit_outlives_its_bucket_s_rest(clock):
+    told = (("x-ratelimit-limit-requests", "2"), ("x-ratelimit-limit-tokens", "10"))
+    upstream = Recorder(clock, answer=lambda call: answered(3, 2, headers=told))
+    bound = limiter(clock, upstream, rpm=10, tpm=10_000, window=1)
+    await bound(chat_call("lowered"))
+    upstream.answer = None
+    for n in range(1500):
+        await bound(chat_call().replace(namespace=f"tenant {n}"))
+        await asyncio.sleep(0.01)
+    held = level(bound, "buckets")
+    assert held <= 1000
+    upstream.times.clear()
+    await asyncio.gather(*(bound(chat_call(str(n))) for n in range(8)))
+    assert level(bound, "buckets") == held
+    assert most_in_any_window(upstream.times, 1.0) <= 2
+    await asyncio.sleep(3601)
+    for n in range(1500):
+        await bound(chat_call().replace(namespace=f"later {n}"))
+    await asyncio.sleep(2)
+    for n in range(500):
+        await bound(chat_call().replace(namespace=f"last {n}"))
+    upstream.times.clear()
+    await asyncio.gather(*(bound(chat_call(str(n))) for n in range(8)))
+    assert most_in_any_window(upstream.times, 1.0) > 2

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
 from llmmw.algo.service import MAX_AGE_S, MIN_SAMPLES
 from llmmw.call import Context, Reply, Urgency
 from llmmw.env import Env
-from llmmw.errors import ConfigError, DeadlineExceeded, UpstreamTimeout
+from llmmw.errors import AmbiguousOutcome, ConfigError, DeadlineExceeded, UpstreamTimeout
+from llmmw.interrupt import mark_unsent
+from llmmw.layers.retry import Retry
 from llmmw.layers.timeout import Timeout
+from llmmw.stack import Stack
 from llmmw.testing.clock import ManualClock, manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, error_reply
 
@@ -240,3 +244,53 @@ async def test_silence_between_chunks_is_limited_while_somebody_reads(clock):
     assert len(await read(reply, lambda: clock.advance(50))) == 3
     assert reply.chunks.usage.total_tokens == 0
     await reply.chunks.aclose()
+
+
+class Connecting:
+    """An endpoint that takes so long to connect, and then so long to answer; tells a cancellation which it was."""
+
+    def __init__(self, connect_s, answer_s):
+        self.connect_s, self.answer_s = connect_s, answer_s
+        self.asked = 0
+
+    async def __call__(self, call):
+        self.asked += 1
+        try:
+            await asyncio.sleep(self.connect_s)
+        except asyncio.CancelledError as cancelled:
+            mark_unsent(cancelled)
+            raise
+        await asyncio.sleep(self.answer_s)
+        return Reply(data=b"{}")
+
+
+@pytest.mark.parametrize(("deadline_s", "error"), [(None, UpstreamTimeout), (2, DeadlineExceeded)])
+@manual_time
+async def test_a_limit_that_passes_while_connecting_says_that_nothing_was_sent(clock, deadline_s, error):
+    context = Context() if deadline_s is None else until(clock, deadline_s)
+    for upstream, sent in ((Connecting(50, 0), False), (Connecting(1, 50), True)):
+        with pytest.raises(error) as caught:
+            await bind(clock, upstream, 6)(chat_call(context=context))
+        assert caught.value.sent is sent
+        context = Context() if deadline_s is None else until(clock, deadline_s)
+
+
+@manual_time
+async def test_an_attempt_that_never_connected_is_repeated_at_a_paid_endpoint(clock):
+    env = Env(clock=clock, seed=1)
+    for upstream, asked in ((Connecting(50, 0), 3), (Connecting(0, 50), 1)):
+        with pytest.raises((UpstreamTimeout, AmbiguousOutcome)):
+            await Retry().bind(Timeout(6).bind(upstream, env), env)(chat_call())
+        assert upstream.asked == asked
+
+
+async def test_a_limit_that_passes_in_the_tls_handshake_says_that_nothing_was_sent():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and nothing more
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        engine = Stack(Timeout(0.2)).bind(url)
+        try:
+            with pytest.raises(UpstreamTimeout, match="total") as caught:
+                await engine.call(chat_call())
+        finally:
+            await engine.aclose()
+        assert caught.value.sent is False
