@@ -35,7 +35,7 @@ def bind(clock, inner, seconds=10, events=None):
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, "soon", None, True])
 def test_a_deadline_that_cannot_work_is_refused_when_built(value):
-    with pytest.raises(ConfigError, match=r"Deadline\(seconds=\)"):
+    with pytest.raises(ConfigError, match=r"Deadline\(seconds="):
         Deadline(value)
 
 
