@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from llmmw.keys.canonical import module_name
+
 _PLAIN: tuple[type, ...] = (str, dict, list, int, float, bool, type(None))
 _JSON_TAG, _TYPED_TAG = b"j", b"t"
 
@@ -78,7 +80,7 @@ def json_of(data: bytes) -> bytes:
 
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
+    return f"{module_name(kind)}:{kind.__qualname__}"
 
 
 def _is_model(kind: type) -> bool:

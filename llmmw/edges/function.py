@@ -12,6 +12,7 @@ from llmmw.edges.arguments import Binder
 from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
 from llmmw.errors import ConfigError
 from llmmw.events import Warned
+from llmmw.keys.canonical import module_name
 from llmmw.keys.code import FunctionCode
 from llmmw.keys.identity import namespace_of
 from llmmw.settings import accepting, instance, texts
@@ -70,7 +71,7 @@ class FunctionEdge:
     def __init__(
         self, function: Callable[..., Any], kind: FunctionKind, stack: Stack, ignore: tuple[str, ...], env: Env | None
     ) -> None:
-        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.name = f"{module_name(function)}.{function.__qualname__}"
         self._code = FunctionCode(function, ignore)
         self._binder = Binder(function, ignore)
         self._codec = Codec(_return_annotation(function))

@@ -36,6 +36,10 @@ _LINKS_OR_DATA = frozenset({"image", "video", "audio"})
 _LIVE_TOOLS = ("web_search", "web_fetch", "file_search", "mcp", "url_context", "google_search")
 """Types of tools that the server itself runs, over content that changes."""
 _LIVE_FIELDS = ("web_search_options", "search_parameters", "mcp_servers", "plugins")
+_TOLD_BY_TEXT = frozenset({
+    "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "decimal.Decimal", "uuid.UUID",
+})  # fmt: skip
+_ZONES = frozenset({"builtins.NoneType", "datetime.timezone", "zoneinfo.ZoneInfo"})
 SCALARS = frozenset({str, int, bool, type(None)})
 
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
@@ -217,7 +221,7 @@ def _pairs(mapping: Mapping[Any, Any], depth: int, *, ordered: bool) -> Iterable
 
 
 def _tagged_object(value: object, depth: int) -> object:
-    """Objects with a declared form: enums, dataclasses, msgspec and pydantic objects, pydantic classes."""
+    """Objects with a declared form: enums, dataclasses, msgspec and pydantic objects, pydantic classes, times."""
     kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]  # any class at all
     if isinstance(value, type):
         schema = getattr(value, "model_json_schema", None)
@@ -228,13 +232,20 @@ def _tagged_object(value: object, depth: int) -> object:
         return ["enum", _name_of(kind), value.name]
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return ["object", _name_of(kind), *(_tagged(item, depth + 1, ordered=False) for item in cast("Any", value))]
-    fields = _fields_of(cast("Any", value))
+    if _name_of(kind) in _TOLD_BY_TEXT:
+        known: Any = cast("Any", value)
+        zone: Any = getattr(known, "tzinfo", None)
+        zone_kind: type[Any] = type(zone)  # pyright: ignore[reportUnknownVariableType]  # any class at all
+        if _name_of(zone_kind) in _ZONES:
+            fold: object = getattr(known, "fold", 0)
+            return ["object", _name_of(kind), str(known), fold, _name_of(zone_kind), str(zone)]
+    fields = fields_of(cast("Any", value))
     if fields is None:
         raise Uncacheable(f"no codec for {kind.__name__}")
     return ["object", _name_of(kind), *_pairs(fields, depth, ordered=False)]
 
 
-def _fields_of(value: Any) -> dict[str, Any] | None:
+def fields_of(value: Any) -> dict[str, Any] | None:
     """Everything an object of a declared kind holds, or None for another kind or for hidden state."""
     kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]  # any class at all
     held: dict[str, Any] = dict(getattr(value, "__dict__", {}))
@@ -252,4 +263,10 @@ def _fields_of(value: Any) -> dict[str, Any] | None:
 
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{module_name(kind)}.{kind.__qualname__}"
+
+
+def module_name(value: Any) -> str | None:
+    """Of a class or function; the program's own module is called the same in processes that it spawns."""
+    module = getattr(value, "__module__", None)
+    return "__main__" if module == "__mp_main__" else module

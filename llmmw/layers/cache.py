@@ -224,6 +224,8 @@ class BoundCache(Bound):
                 draw = self._sharing.draw(call)
             except Uncacheable as error:
                 reason = error.reason
+                if told and call.op == "function":
+                    self._filler.warn_uncacheable(call, reason)
             else:
                 if draw.key:
                     return draw

@@ -57,7 +57,7 @@ class Filler:
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
         self._shut: set[str] = set()
-        self._told = False
+        self._told: set[str] = set()
         self._refreshes: dict[bytes, asyncio.Task[None]] = {}
 
     def is_shut(self, namespace: str) -> bool:
@@ -171,11 +171,20 @@ class Filler:
     def leases(self) -> Leases | None:
         """Who of several processes asks upstream, where the cache has a directory and stores."""
         backing = self.store.backing
-        if backing is None and not self._told:
-            self._told = True
+        if backing is None:
             text = "Coalescer(lease=) does nothing here: processes meet in the cache's directory, TTLCache(directory=)"
-            self.env.emit(Warned("coalesce: lease", text))
+            self._warn("coalesce: lease", text)
         return backing.leases if backing is not None and self._stores else None
+
+    def warn_uncacheable(self, call: Call, reason: str) -> None:
+        """A function that is never cached is rarely meant."""
+        text = f"{call.target}: a call is not cached ({reason}); pass plain values, or name the argument in ignore="
+        self._warn("cache: not cacheable", text)
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            self.env.emit(Warned(kind, text))
 
     def keep(self, draw: Draw, entry: Entry, since: int, lease: Lease | None) -> None:
         """Store an entry, unless its request was invalidated since the fill began or the lease was lost."""

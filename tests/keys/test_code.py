@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -241,6 +242,141 @@ def test_a_variable_it_closes_over_that_changes_counts_and_one_it_sets_does_not(
     assert code.variant() != before
 
 
+# ── programs as strings: what is between the two must tell, or not ───────────────────────────────────────────────────
+
+EDITS = {
+    "default of a helper": ("def h(x, y='a'): return y\ndef f(p): return h(p)", "'a'", "'b'"),
+    "keyword default of a helper": ("def h(x, *, y='a'): return y\ndef f(p): return h(p)", "'a'", "'b'"),
+    "star": ("def h(*x): return str(x)\ndef f(p): return h(p)", "*x", "x"),
+    "method of a class it uses": ("class A:\n def m(self): return 1\ndef f(p): return A().m()", "1", "2"),
+    "method of an object it uses": ("class A:\n def m(self): return 1\na = A()\ndef f(p): return a.m()", "1", "2"),
+    "property": ("class A:\n @property\n def m(self): return 1\ndef f(p): return A().m", "1", "2"),
+    "base class": ("class B:\n x = 1\nclass A(B): pass\ndef f(p): return A().x", "1", "2"),
+    "method beside it": ("class A:\n def h(self): return 1\n def f(self, p): return self.h()\nf = A.f", "1", "2"),
+    "description of a field": (
+        "import pydantic as p\nclass A(p.BaseModel):\n x: int = p.Field(description='a')\ndef f(p): return A",
+        "'a'",
+        "'b'",
+    ),
+    "configuration beside an object": ("C = {'x': object(), 't': 1}\ndef f(p): return C", "1", "2"),
+}  # fmt: skip
+CHANGES = {
+    "item": ("C = {'t': {'u': 0}}\ndef f(p): return C['t']['u']", "C['t']['u'] = 1"),
+    "list": ("C = [1]\ndef f(p): return C", "C.append(2)"),
+    "history": ("H = []\ndef f(p):\n H.append(p)\n return str(H)", "f('x')"),
+    "object": ("class A: t = 0\na = A(); a.t = 1\ndef f(p): return a.t", "a.t = 2"),
+    "class behind an object": ("class A: t = 0\na = A()\ndef f(p): return a.t", "A.t = 2"),
+    "class": ("class A: t = 0\ndef f(p): return A.t", "A.t = 2"),
+    "namespace": ("import types\na = types.SimpleNamespace(t=1)\ndef f(p): return a.t", "a.t = 2"),
+    "declared": (
+        "import dataclasses as d\n@d.dataclass\nclass A:\n t: list\na = A([1])\ndef f(p): return a", "a.t.append(2)"
+    ),
+    "slots": (
+        "import dataclasses as d\n@d.dataclass(slots=True)\nclass A:\n t: int\na = A(1)\ndef f(p): return a.t",
+        "a.t = 2",
+    ),
+    "context variable": ("import contextvars\nv = contextvars.ContextVar('v')\ndef f(p): return v.get()", "v.set(1)"),
+    "context variable of unknown": (
+        "import contextvars\nv = contextvars.ContextVar('v')\ndef f(p): return v.get()", "v.set(object())"
+    ),
+    "environment": ("import os\ndef f(p): return os.environ.get('LLMMW_X')", "os.environ['LLMMW_X'] = '1'"),
+    "code": ("def h(x): return 1\ndef g(x): return 2\ndef f(p): return h(p)", "h.__code__ = g.__code__"),
+    "default": ("def h(x, y=1): return y\ndef f(p): return h(p)", "h.__defaults__ = (2,)"),
+    "compared badly": ("C = [{1: X(1)}]\ndef f(p): return C", "C[0][1] = X(2)"),
+}  # fmt: skip
+NO_CHANGES = {
+    "log": ("H = []\ndef f(p):\n H.append(p)\n return p", "f('x')"),
+    "calls counted in a list": ("H = []\ndef f(p):\n H.append(p)\n return len(H)", "f('x')"),
+    "statistics": ("S = {'n': 0}\ndef f(p):\n S['n'] += 1\n return p", "f('x')"),
+    "other statistics": ("S = {}\ndef f(p):\n S['n'] = S.get('n', 0) + 1\n return p", "f('x')"),
+    "memory": ("M = {}\ndef f(p):\n if p not in M: M[p] = 1\n return M[p]", "f('x')"),
+    "tracker": ("class T:\n n = 0\n def add(self): self.n += 1\nt = T()\ndef f(p):\n t.add()\n return p", "f('x')"),
+    "attribute": ("class T: pass\nt = T(); t.n = 0\ndef f(p):\n t.n += 1\n return p", "f('x')"),
+    "standard library": ("import sys\ndef f(p): return sys.argv", "sys.argv = [*sys.argv, 'x']"),
+}
+
+
+class BadlyCompared:
+    def __init__(self, number):
+        self.number = number
+
+    def __eq__(self, other):
+        raise ValueError("the truth value is ambiguous")
+
+    __hash__ = None
+
+
+def program(source):
+    module = {"__name__": "__main__", "X": BadlyCompared}
+    exec(source, module)  # programs as their users write them
+    return module, FunctionCode(module["f"])
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_cache_08_an_edited_program_starts_afresh(edit):
+    source, old, new = EDITS[edit]
+    before = program(source)[1].variant()
+    assert program(source)[1].variant() == before
+    assert program(source.replace(old, new))[1].variant() != before
+
+
+def test_cache_08_what_a_try_covers_counts():
+    one = "def f(p):\n try:\n  a(p)\n except E:\n  return 1\n else:\n  b(p)\n"
+    other = "def f(p):\n try:\n  a(p)\n  b(p)\n except E:\n  return 1\n"
+    assert program(one)[1].variant() != program(other)[1].variant()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cache_08_what_it_answers_from_counts_as_it_is_now(change, monkeypatch):
+    monkeypatch.delenv("LLMMW_X", raising=False)
+    monkeypatch.setattr(sys, "argv", [])
+
+    def run():
+        module, code = program(CHANGES[change][0])
+        before = code.variant()
+        assert code.variant() == before
+        exec(CHANGES[change][1], module)
+        if change != "compared badly":  # is of unknown content, and read again
+            assert code.variant() != before
+        return code.variant()
+
+    contextvars.copy_context().run(run)
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_it_keeps_for_itself_does_not_count(change, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    module, code = program(NO_CHANGES[change][0])
+    before = code.variant()
+    exec(NO_CHANGES[change][1], module)
+    assert code.variant() == before
+
+
+def test_what_modules_of_the_users_hold_counts(tmp_path, monkeypatch):
+    (tmp_path / "own_prompts.py").write_text("SYSTEM = 'nice'\ndef build(p): return SYSTEM + p\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = "import own_prompts\ndef f(p): return own_prompts.SYSTEM, own_prompts.build(p)"
+    module, code = program(source)
+    found = [code.variant()]
+    module["own_prompts"].SYSTEM = "rude"
+    found.append(code.variant())
+    module["own_prompts"].build = lambda p: p
+    found.append(code.variant())
+    assert len(set(found)) == 3
+    monkeypatch.delitem(sys.modules, "own_prompts")
+
+
+def test_many_functions_that_call_each_other_are_read_once_each():
+    """Nine that all call each other took a minute and a half, path by path."""
+    calls = "+".join(f"g{number}(x)" for number in range(60))
+    source = "\n".join(f"def g{number}(x): return {calls}" for number in range(60))
+    deep = "\n".join(f"def a{number}(x): return a{number + 1}(x)" for number in range(2000))
+    before = program(f"{source}\n{deep}\ndef f(p): return g0(p) + a0(p)")[1].variant()
+    assert program(f"{source}\n{deep}\ndef a2000(x): return 1\ndef f(p): return g0(p) + a0(p)")[1].variant() != before
+    shared = "X = [1]\n" + "X = [X, X]\n" * 60 + "def f(p): return X"
+    assert program(shared)[1].variant() == program(shared)[1].variant()
+
+
 def test_nothing_is_kept_of_values_that_were_replaced():
     def make():
         found = []
@@ -259,7 +395,7 @@ def test_nothing_is_kept_of_values_that_were_replaced():
     for _ in range(100):
         change()
         code.variant()
-    assert len(code._reading.seen) + len(code._reading._known) <= 2
+    assert len(code._reading.watched) + len(code._reading.contents) <= 4
 
 
 def test_threads_that_ask_at_once_agree():
@@ -335,6 +471,15 @@ def test_a_class_method_is_told_by_its_class():
     assert digest(Agent.of) != digest(OtherAgent.of)
 
 
+def test_a_function_that_is_never_cached_says_so():
+    ask = Stack(TTLCache(300)).wrap(Agent.ask)
+    assert [ask(Agent(), "x"), ask(Agent(), "x")] == ["a x"] * 2
+    told = ask.get_performance_stats()["warnings"]["cache: not cacheable"]
+    assert "Agent.ask: a call is not cached (no codec for Agent)" in told
+    assert "ignore=" in told
+    ask.close()
+
+
 def test_ignore_names_parameters_variables_and_globals_and_nothing_else():
     stack = Stack(TTLCache(300))
     for name in ("CLIENT", "build", "prompt"):
@@ -386,14 +531,15 @@ def test_cache_08_two_programs_with_a_function_of_one_name_share_a_directory(tmp
 
 def test_processes_agree_on_everything_that_has_a_form(tmp_path):
     source = textwrap.dedent("""
-        import enum, json, re, pathlib, openai, sys
+        import anthropic, enum, json, re, pathlib, openai, sys
         from llmmw.keys.code import FunctionCode
         class Colour(enum.Enum): RED = 1
         TABLE = {"b": 1, "a": {"x", "y", "z"}}
         PATH, PATTERN, CLIENT = pathlib.PurePath("a"), re.compile("x"), openai.OpenAI(api_key="k")
+        CLAUDE = anthropic.Anthropic(api_key="k")
         def helper(x): return json.dumps(x) + str(len(x))
         def make(client):
-            def ask(prompt): return helper(prompt), TABLE, PATH, PATTERN, CLIENT, Colour.RED, Colour, client, sys
+            def ask(prompt): return helper(prompt), TABLE, PATH, PATTERN, CLIENT, CLAUDE, Colour.RED, client, sys
             return ask
         print(FunctionCode(make(CLIENT)).variant())
     """)
@@ -404,6 +550,34 @@ def test_processes_agree_on_everything_that_has_a_form(tmp_path):
         for seed in ("1", "2")
     }
     assert len(found) == 1
+
+
+SPAWNING = """
+import dataclasses, datetime, decimal, multiprocessing, sys, uuid, llmmw
+@dataclasses.dataclass
+class Question:
+    text: str
+    on: datetime.date
+@llmmw.middleware(cache_ttl=300, cache_directory=sys.argv[1])
+def ask(question, number, price):
+    return question
+def main():
+    ask(Question("a", datetime.date(2026, 1, 1)), uuid.UUID(int=1), decimal.Decimal("1.5"))
+    print(ask.get_performance_stats()["cache_hits"], flush=True)
+    ask.close()
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=main)
+    child.start()
+    child.join()
+    main()
+"""
+
+
+def test_a_program_shares_with_the_processes_that_it_spawns(tmp_path):
+    (tmp_path / "program.py").write_text(SPAWNING)
+    command = [sys.executable, "program.py", "cache"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == ["0", "1"]
 
 
 def test_cache_08_functions_of_one_factory_share_a_directory(tmp_path):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
+import decimal
 import enum
 import subprocess
 import sys
+import uuid
+import zoneinfo
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -426,3 +430,20 @@ def test_a_new_run_starts_from_the_first_sample():
 )
 def test_a_difference_is_named_by_its_first_field(one, two, expected):
     assert explain_difference(one, two) == expected
+
+
+def test_times_and_exact_numbers_as_arguments_have_a_form():
+    hour = dt.timedelta(hours=1)
+    apart = [
+        dt.date(2026, 1, 1), dt.datetime(2026, 1, 1), dt.datetime(2026, 1, 1, fold=1),  # noqa: DTZ001 — such as users pass
+        dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2026, 1, 1, tzinfo=dt.timezone(hour)), dt.time(1), hour,
+        dt.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo("UTC")), decimal.Decimal("1.0"), decimal.Decimal("1.00"),
+        uuid.UUID(int=1), "2026-01-01",
+    ]  # fmt: skip
+    assert len({key_of(function_call(v=value)) for value in apart}) == len(apart)
+
+    class Zone(dt.tzinfo):
+        pass
+
+    with pytest.raises(Uncacheable, match="no codec for datetime"):
+        key_of(function_call(v=dt.datetime(2026, 1, 1, tzinfo=Zone())))
