@@ -36,11 +36,12 @@ def raw(seed):
 
 
 def soak(seed, servers, raw, directory, *, wild):
+    servers[0].clear_faults()
+    asyncio.run(warm(servers[0]))
     for server in servers:
         server.reset()
         server.configure(seed=seed, faults=faults(0.012 if wild else 0.01, hanging=wild))
     found = Soak(seed, servers, raw, directory, wild=wild)
-    asyncio.run(warm(servers[0]))
     before = handles()
     asyncio.run(found.run(CALLS, rounds=3 + CALLS // 10_000))
     end = time.monotonic() + QUIET_S
@@ -58,7 +59,6 @@ async def warm(server):
     async with Client(server.base_url, pool=ConnectionPool(engine="pyreqwest"), stack=Stack()) as client:
         with contextlib.suppress(LLMMWError):
             await client.chat("warm", model=MODEL)
-    server.reset()
 
 
 @pytest.mark.timeout(0 if "CHAOS_CALLS" in os.environ else 170)
