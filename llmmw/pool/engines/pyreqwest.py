@@ -1,8 +1,9 @@
 """The pyreqwest engine: reqwest and hyper in Rust, the least CPU per call of all.
 
 What it gives up: it does not tell new connections from reused ones (so they are not counted, and a stale one shows
-as AmbiguousOutcome unless hyper repeats the request by itself, which it does where nothing had been sent), and it
-does not survive a fork.
+as AmbiguousOutcome unless hyper repeats the request by itself, which it does where nothing had been sent), it does
+not stop a request that is given up before its head has come (pyreqwest drops the task's handle without aborting it: the
+server goes on working, and the socket stays until it has answered), and it does not survive a fork.
 """
 
 from __future__ import annotations
