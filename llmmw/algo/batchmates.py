@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import msgspec
 
 from llmmw.algo.estimate import output_cap, prompt_tokens
-from llmmw.answer import Usage, items, mapping, text_of, usage_of
+from llmmw.answer import Usage, items, mapping, problem_with, text_of, usage_of
 from llmmw.context import Urgency
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def grouping(call: Call) -> Grouping | None:
     if call.op == "function":
         return Grouping(kind, joint=False)
     field = _PROMPT.get(call.op)
-    if field is None or call.payload.get("n") not in {None, 1} or not _APART.isdisjoint(call.payload):
+    if field is None or call.payload.get("n") not in (None, 1) or not _APART.isdisjoint(call.payload):
         return None
     if not _is_one_prompt(call.payload.get(field)):
         return None
@@ -150,7 +150,8 @@ def split_answer(body: object, calls: Sequence[Call]) -> list[tuple[dict[str, An
         if usage.reported:
             told = {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens}
             own["usage"] = {**told, "total_tokens": usage.total_tokens}
-        parts.append((own, usage))
+        problem = problem_with(calls[0].op, own)
+        parts.append((own, usage) if problem is None else f"no answer in the batch's answer: {problem}")
     return parts
 
 

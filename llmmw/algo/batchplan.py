@@ -61,6 +61,38 @@ class Flush(msgspec.Struct, Generic[T], frozen=True):
     items: tuple[T, ...]
 
 
+class GroupSize:
+    """How large a group may be: lower than the limit while larger ones are refused.
+
+    Args:
+        limit: calls in a group.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._singles = 0
+        self.now = limit
+
+    def refused(self, size: int) -> None:
+        """A group of that size was more than the server takes: half of it may do.
+
+        Of several that were refused at one time none halves what another has halved already.
+        """
+        self.now = max(1, min(self.now, size // 2))
+        self._singles = 0
+
+    def accepted(self, size: int) -> None:
+        """A group of that size was answered: one more may do.
+
+        After single calls that is tried less often: where the server takes no two, each try costs two refusals.
+        """
+        if self.now < self._limit:
+            self._singles += size == 1
+            if size > 1 or self._singles >= _SINGLES:
+                self.now += 1
+                self._singles = 0
+
+
 class _Group(Generic[K, T]):
     """Items that go together, in order of arrival, and how much they are."""
 
@@ -94,13 +126,12 @@ class Plan(Generic[L, K, T]):
 
     Args:
         limits: when a group is full.
+        size: how large a group the server takes; others may tell it. Default: as the limit says.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, size: GroupSize | None = None) -> None:
         self.limits = limits
-        self.max_size = limits.max_size
-        """Lower than the limit while larger groups are refused."""
-        self._singles = 0
+        self._size = size or GroupSize(limits.max_size)
         self._lanes: dict[L, dict[K, _Group[K, T]]] = {}
         self._entries: dict[T, _Entry[L, K, T]] = {}
         self._numbers = count()
@@ -109,25 +140,6 @@ class Plan(Generic[L, K, T]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def refused(self, size: int) -> None:
-        """A group of that size was more than the server takes: half of it may do.
-
-        Of several that were refused at one time none halves what another has halved already.
-        """
-        self.max_size = max(1, min(self.max_size, size // 2))
-        self._singles = 0
-
-    def accepted(self, size: int) -> None:
-        """A group of that size was answered: one more may do.
-
-        After single calls that is tried less often: where the server takes no two, each try costs two refusals.
-        """
-        if self.max_size < self.limits.max_size:
-            self._singles += size == 1
-            if size > 1 or self._singles >= _SINGLES:
-                self.max_size += 1
-                self._singles = 0
 
     def has(self, lane: L) -> bool:
         """Whether anything waits in a lane."""
@@ -163,7 +175,7 @@ class Plan(Generic[L, K, T]):
         group.tokens += tokens
         self._entries[item] = _Entry(lane, group, number, due, size_bytes, tokens)
         heapq.heappush(self._moments, (due.at, number, item))
-        if len(group.members) >= self.max_size:
+        if len(group.members) >= self._size.now:
             flushes.append(self._take(lane, group, "size"))
         return flushes
 

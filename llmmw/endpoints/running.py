@@ -1,8 +1,8 @@
-"""Which functions the running code is part of: one that closes its own engine must not wait for itself."""
+"""Which work the running code is part of: who closes an engine or asks it again must not wait for itself."""
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 class Run:
-    """One execution of a user's function for an endpoint."""
+    """One execution of a user's function for an endpoint, or of a call below a layer."""
 
-    __slots__ = ("endpoint", "over")
+    __slots__ = ("over", "owner")
 
-    def __init__(self, endpoint: object) -> None:
-        self.endpoint = endpoint
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
         self.over = False
 
 
 _runs: ContextVar[tuple[Run, ...]] = ContextVar("llmmw_runs", default=())
 
 
-async def as_part_of(endpoint: object, work: Awaitable[T]) -> T:
+async def as_part_of(owner: object, work: Awaitable[T]) -> T:
     """Await the work; what runs for it, and whatever that starts, is part of it as long as it lasts."""
-    run = Run(endpoint)
+    run = Run(owner)
     token = _runs.set((*_runs.get(), run))
     try:
         return await work
@@ -35,6 +35,13 @@ async def as_part_of(endpoint: object, work: Awaitable[T]) -> T:
         _runs.reset(token)
 
 
-def runs_inside(endpoints: Iterable[object]) -> bool:
-    """Whether the running code is part of a function that one of these endpoints runs."""
-    return any(run.endpoint is endpoint for run in _runs.get() if not run.over for endpoint in endpoints)
+def runs_inside(owners: Iterable[object]) -> bool:
+    """Whether the running code is part of what one of these runs."""
+    return any(run.owner is owner for run in _runs.get() if not run.over for owner in owners)
+
+
+def bare_context() -> Context:
+    """A context without any variables but what the running code is part of."""
+    context = Context()
+    context.run(_runs.set, _runs.get())
+    return context

@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.algo.batchmates import grouping
-from llmmw.algo.batchplan import Limits
+from llmmw.algo.batchplan import GroupSize, Limits
+from llmmw.endpoints.running import as_part_of, runs_inside
 from llmmw.errors import QueueFull
 from llmmw.events import RefusedEarly
 from llmmw.layers.base import Bound, Positioned
@@ -37,13 +38,14 @@ class Batcher(Positioned):
         flush_interval: longest wait for batch mates.
         max_bytes: prompts of a group together, in bytes of JSON; one above it goes alone. None: no limit.
         max_tokens: likewise in estimated tokens, prompts and permitted output.
-        max_queue: calls taken in and not yet answered. A call made from inside another one counts too.
+        max_queue: calls taken in and not yet answered. One made from inside another does not count: the other waits
+            for it, and might wait for ever.
         when_full: "wait" for room, or "refuse" with QueueFull.
         joint: "auto" sends joint requests where the endpoint takes them, "off" never.
         barrier: calls with a step (`using(step=)`) wait until so many agents of it have asked, or `tick()`, or the
             interval; also at an idle endpoint. What a step asks after that waits no longer than any other call. Only
-            calls that come as far as the batcher count: where agents may be answered by a cache or by another's
-            flight, end steps with `tick()`. None: steps do not matter.
+            calls that come as far as the batcher of one endpoint count: where agents may be answered by a cache, by
+            another's flight or by another endpoint, end steps with `tick()`. None: steps do not matter.
         drain: on closing send what waits; False fails it with Closed.
 
     Raises:
@@ -84,6 +86,7 @@ class BoundBatcher(Bound):
         self._joint_ops = {
             op for op in ("chat", "complete") if f"batch:{op}" in env.capabilities and options.joint == "auto"
         }
+        self._group_size = GroupSize(options.max_size)
         self._gathering = self._begin()
         self._draining = self._closed = False
 
@@ -93,12 +96,13 @@ class BoundBatcher(Bound):
             options.max_size, options.max_bytes, options.max_tokens, interval_s=float(options.flush_interval)
         )
         return Gathering(
-            self.inner,
+            self._ask,
             self.env,
             limits,
             max_calls=options.max_queue,
             barrier=options.barrier,
             joint_ops=self._joint_ops,
+            group_size=self._group_size,
         )
 
     async def __call__(self, call: Call, /) -> Reply:
@@ -108,20 +112,27 @@ class BoundBatcher(Bound):
             QueueFull: too many unanswered calls, and `when_full="refuse"`.
             Closed: the engine was closed before the call was sent.
         """
-        gathering, group = self._gathering, grouping(call)
+        if runs_inside((self,)):
+            return await self._answer(self._gathering, call)
+        gathering = self._gathering
         entrance = gathering.entrance
         if entrance.full and self._options.when_full == "refuse":
             self.env.emit(RefusedEarly("batch", "queue full"))
             raise QueueFull(f"Batcher(max_queue={self._options.max_queue}): so many calls are unanswered")
-        await entrance.enter()
+        await entrance.enter(call)
         try:
-            if self._closed or (self._draining and not self._options.drain):
-                raise closed_error()
-            if group is None or self._draining:
-                return await self.inner(call)
-            return await self._wait(gathering, call, group)
+            return await self._answer(gathering, call)
         finally:
             entrance.leave()
+
+    async def _answer(self, gathering: Gathering, call: Call) -> Reply:
+        if self._closed or (self._draining and not self._options.drain):
+            raise closed_error()
+        group = None if self._draining else grouping(call)
+        return await self._ask(call) if group is None else await self._wait(gathering, call, group)
+
+    async def _ask(self, call: Call) -> Reply:
+        return await as_part_of(self, self.inner(call))
 
     async def _wait(self, gathering: Gathering, call: Call, group: Grouping) -> Reply:
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -137,7 +148,7 @@ class BoundBatcher(Bound):
         if landed is GO:
             accepted = False
             try:
-                reply = await self.inner(call)
+                reply = await self._ask(call)
                 accepted = reply.ok
                 return reply
             finally:
@@ -153,7 +164,12 @@ class BoundBatcher(Bound):
 
     def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
         """Fail what waits here for the same endpoint and model."""
-        return self._gathering.shed(call, make_error)
+        gathering = self._gathering
+        return gathering.entrance.turn_away(call, make_error) + gathering.shed(call, make_error)
+
+    def begin_run(self) -> None:
+        """Steps are counted anew."""
+        self._gathering.forget_steps()
 
     def closing(self) -> None:
         """Send what waits, or fail it (`drain=False`); what still comes, such as a repetition, waits for nobody."""
@@ -161,7 +177,7 @@ class BoundBatcher(Bound):
         self._gathering.close(send=self._options.drain)
 
     def rehome(self) -> None:
-        """What waited belongs to a dead loop."""
+        """What waited belongs to a dead loop; how large a group the server takes is still true."""
         self._gathering = self._begin()
 
     async def aclose(self) -> None:

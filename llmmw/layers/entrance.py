@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmmw.call import Call
 
 
 class Entrance:
@@ -14,7 +20,7 @@ class Entrance:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._outside: dict[asyncio.Future[None], None] = {}
+        self._outside: dict[asyncio.Future[None], Call] = {}
         self._is_open = False
         self.inside = 0
 
@@ -23,17 +29,17 @@ class Entrance:
         """Whether a newcomer would have to wait."""
         return not self._is_open and (self.inside >= self._capacity or bool(self._outside))
 
-    async def enter(self) -> None:
+    async def enter(self, call: Call) -> None:
         """Go in, after waiting for room; every `enter` that returns needs one `leave`."""
         if not self.full:
             self.inside += 1
             return
         gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._outside[gate] = None
+        self._outside[gate] = call
         try:
             await gate
         except asyncio.CancelledError:
-            if gate.done() and not gate.cancelled():
+            if gate.done() and not gate.cancelled() and gate.exception() is None:
                 self.leave()
             else:
                 self._outside.pop(gate, None)
@@ -48,6 +54,17 @@ class Entrance:
         """No bound any more: everybody comes in."""
         self._is_open = True
         self._let_in()
+
+    def turn_away(self, call: Call, make_error: Callable[[], Exception]) -> int:
+        """Who waits outside for the same endpoint and model gets an error; how many."""
+        dead = (call.target, call.model)
+        doomed = [gate for gate, found in self._outside.items() if (found.target, found.model) == dead]
+        for gate in doomed:
+            del self._outside[gate]
+        waiting = [gate for gate in doomed if not gate.done()]
+        for gate in waiting:
+            gate.set_exception(make_error())
+        return len(waiting)
 
     def _let_in(self) -> None:
         while self._outside and (self._is_open or self.inside < self._capacity):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from llmmw.algo.batchmates import Grouping
-    from llmmw.algo.batchplan import Plan
+    from llmmw.algo.batchplan import GroupSize
     from llmmw.call import Call, Handler, Urgency
     from llmmw.env import Env
 
@@ -114,7 +114,7 @@ class Exchange:
         items: of one group.
         search: how to go on when the request is refused because of one of them.
         joint_ops: operations that may be sent jointly; what the endpoint turns out not to know is taken out.
-        plan: told how large a joint request may be.
+        group_size: told what the server takes.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class Exchange:
         search: Search,
         *,
         joint_ops: set[str],
-        plan: Plan[Any, Any, Item],
+        group_size: GroupSize,
     ) -> None:
         self._inner = inner
         self._env = env
         self._items = items
         self._search = search
         self._joint_ops = joint_ops
-        self._plan = plan
+        self._group_size = group_size
         self.task: asyncio.Task[None] | None = None
         for item in items:
             item.exchange = self
@@ -180,7 +180,7 @@ class Exchange:
             for item in items:
                 item.give(_numbered(own_error(outcome) if item is not items[0] else outcome, number))
         elif outcome.ok:
-            self._plan.accepted(len(items))
+            self._group_size.accepted(len(items))
             self._hand_out(outcome, items, number)
         else:
             self._refused(outcome, items, number)
@@ -215,7 +215,7 @@ class Exchange:
         else:
             if refusal.status == _OVERLOADED:
                 # vLLM's queue cap counts members and refuses the whole: the same size would be refused for ever.
-                self._plan.refused(len(items))
+                self._group_size.refused(len(items))
             for item in items:
                 item.give(refusal.replace(exchange=number))
 

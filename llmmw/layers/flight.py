@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from llmmw.call import Urgency
+from llmmw.endpoints.running import bare_context
 from llmmw.stream.copies import NotCopyable, own_error, own_reply
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Flight:
 
     def context(self) -> contextvars.Context:
         """Context variables for the task: the leader's for a user's function, none for an endpoint of ours."""
-        context = contextvars.copy_context() if self.call.inherits_context else contextvars.Context()
+        context = contextvars.copy_context() if self.call.inherits_context else bare_context()
         context.run(_inside.set, weakref.ref(self))
         return context
 

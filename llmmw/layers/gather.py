@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llmmw.algo.batchmates import Grouping, Kind
-    from llmmw.algo.batchplan import Flush, Limits
+    from llmmw.algo.batchplan import Flush, GroupSize, Limits
     from llmmw.call import Call, Handler
     from llmmw.env import Env
 
@@ -48,17 +48,27 @@ class Gathering:
         max_calls: calls inside at a time; the bound is kept by who uses `entrance`.
         barrier: how many agents make a step complete; None: steps do not matter.
         joint_ops: operations that may share a request; may shrink when the endpoint turns out not to know one.
+        group_size: what was learned about the size of groups, perhaps on another loop.
     """
 
     def __init__(
-        self, inner: Handler, env: Env, limits: Limits, *, max_calls: int, barrier: int | None, joint_ops: set[str]
+        self,
+        inner: Handler,
+        env: Env,
+        limits: Limits,
+        *,
+        max_calls: int,
+        barrier: int | None,
+        joint_ops: set[str],
+        group_size: GroupSize,
     ) -> None:
         self._inner = inner
         self._env = env
         self._limits = limits
         self._barrier = barrier
         self._joint_ops = joint_ops
-        self._plan: Plan[int | None, Kind, Item] = Plan(limits)
+        self._plan: Plan[int | None, Kind, Item] = Plan(limits, group_size)
+        self._group_size = group_size
         self._weighs = limits.max_bytes is not None or limits.max_tokens is not None
         self._twins: dict[tuple[int | None, Kind, bytes], Item] = {}
         self._active = 0
@@ -108,7 +118,7 @@ class Gathering:
     def over(self, *, accepted: bool = False) -> None:
         """A call that was released to its caller has ended; whether the server took it."""
         if accepted:
-            self._plan.accepted(1)
+            self._group_size.accepted(1)
         self._active -= 1
         self._flush_when_idle()
 
@@ -123,6 +133,11 @@ class Gathering:
         for step in list(self._asked):
             self._open(step)
         self._release(self._plan.drain_all("barrier"))
+
+    def forget_steps(self) -> None:
+        """The steps that follow are others, whatever their numbers; what waits for its step goes at its interval."""
+        self._asked.clear()
+        self._complete.clear()
 
     def _count_in(self, step: int, agent: str | None) -> None:
         asked = self._asked.setdefault(step, set())
@@ -196,7 +211,9 @@ class Gathering:
                 self._start((item,), Search(1, self._start))
 
     def _start(self, items: Sequence[Item], search: Search) -> None:
-        exchange = Exchange(self._inner, self._env, items, search, joint_ops=self._joint_ops, plan=self._plan)
+        exchange = Exchange(
+            self._inner, self._env, items, search, joint_ops=self._joint_ops, group_size=self._group_size
+        )
         # Joint work belongs to none of its callers: no context variables of theirs.
         task = asyncio.get_running_loop().create_task(exchange.run(), context=contextvars.Context())
         exchange.task = task

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmw.algo.batchplan import Due, Flush, Limits, Plan, when_due
+from llmmw.algo.batchplan import Due, Flush, GroupSize, Limits, Plan, when_due
 
 QUICK = settings(max_examples=150, derandomize=True, deadline=None)
 LATER = Due(1e9)
@@ -80,7 +80,8 @@ steps = st.lists(
 def test_every_item_goes_exactly_once_in_order_and_within_the_limits(
     script: list[tuple[str, str, int, int, float]], max_size: int, max_bytes: int | None, max_tokens: int | None
 ) -> None:
-    plan: Plan[str, str, tuple[str, int, int, int]] = Plan(Limits(max_size, max_bytes, max_tokens))
+    group_size = GroupSize(max_size)
+    plan: Plan[str, str, tuple[str, int, int, int]] = Plan(Limits(max_size, max_bytes, max_tokens), group_size)
     waiting: dict[tuple[str, int, int, int], None] = {}
     now = 0.0
 
@@ -118,9 +119,9 @@ def test_every_item_goes_exactly_once_in_order_and_within_the_limits(
         elif action == "drain":
             check(plan.drain("barrier", "k"), max_size)
         elif action == "shrink":
-            plan.refused(size)
+            group_size.refused(size)
         elif action == "grow":
-            plan.accepted(size)
+            group_size.accepted(size)
         assert len(plan) == len(waiting)
         assert plan.has("k") == any(item[0] != "l1" for item in waiting)
     check(plan.drain_all("close"), max_size)
@@ -153,19 +154,19 @@ def test_what_left_is_forgotten() -> None:
 
 
 def test_groups_shrink_once_per_overload_and_grow_again() -> None:
-    plan: Plan[None, str, str] = Plan(Limits(max_size=16))
+    group_size = GroupSize(16)
     for _ in range(5):  # of one moment
-        plan.refused(16)
-    assert plan.max_size == 8
-    plan.refused(3)
-    assert plan.max_size == 1
-    plan.refused(1)
-    assert plan.max_size == 1
+        group_size.refused(16)
+    assert group_size.now == 8
+    group_size.refused(3)
+    assert group_size.now == 1
+    group_size.refused(1)
+    assert group_size.now == 1
     for _ in range(15):
-        plan.accepted(1)
-    assert plan.max_size == 1
-    plan.accepted(1)
-    assert plan.max_size == 2
+        group_size.accepted(1)
+    assert group_size.now == 1
+    group_size.accepted(1)
+    assert group_size.now == 2
     for _ in range(100):
-        plan.accepted(2)
-    assert plan.max_size == 16
+        group_size.accepted(2)
+    assert group_size.now == 16

@@ -425,6 +425,20 @@ async def test_steps_that_never_complete_are_forgotten(clock: ManualClock) -> No
     assert len(batcher._gathering._complete) <= 64
 
 
+@manual_time
+async def test_steps_of_another_run_are_other_steps(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=0)
+    batcher = bound(upstream, clock, barrier=2, flush_interval=60)
+    for _ in range(2):
+        tasks = start(batcher, "a", context=Context(step=0))
+        await asyncio.sleep(1)
+        assert not tasks[0].done()
+        tasks += start(batcher, "b", context=Context(step=0))
+        await asyncio.gather(*tasks)
+        batcher.begin_run()
+    assert sizes(upstream) == [2, 2]
+
+
 # ── who travels together ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -602,6 +616,24 @@ async def test_wrong_answers_fail_their_items_only(clock: ManualClock) -> None:
     outcomes = await asyncio.gather(*start(bound(upstream, clock), "a", "b", "c"), return_exceptions=True)
     assert isinstance(outcomes[0], Reply)
     assert [type(outcome) for outcome in outcomes[1:]] == [errors.ProtocolError] * 2
+
+
+@manual_time
+async def test_unfinished_choice_fails_its_item_only(clock: ManualClock) -> None:
+    upstream = BatchServer()
+    choices = msgspec.json.decode(joint_body("abc"))["choices"]
+    choices[1]["finish_reason"] = None
+    upstream._script.append(Reply(data=joint_body("abc", choices=choices)))
+    outcomes = await asyncio.gather(*start(bound(upstream, clock), *"abc"), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Reply, errors.ProtocolError, Reply]
+    assert "finish_reason" in str(outcomes[1])
+
+
+@manual_time
+async def test_list_for_the_number_of_choices_goes_alone(clock: ManualClock) -> None:
+    upstream = BatchServer()
+    await asyncio.gather(*start(bound(upstream, clock), "a", "b", n=[1]))
+    assert sizes(upstream) == [1, 1]
 
 
 @manual_time
@@ -1009,6 +1041,21 @@ def test_new_loop_starts_empty() -> None:
     clock.run(live())
 
 
+def test_new_loop_keeps_the_group_size_that_was_learned() -> None:
+    clock = ManualClock()
+    upstream = BatchServer(latency_s=1)
+    batcher = bound(upstream, clock, max_size=8, flush_interval=0.01)
+
+    async def step() -> None:
+        await asyncio.gather(*start(batcher, *"abcdefgh"), return_exceptions=True)
+
+    upstream._script.append(error_reply(503))
+    clock.run(step())
+    batcher.rehome()
+    clock.run(step())
+    assert sizes(upstream) == [8, 4, 4]
+
+
 @manual_time
 async def test_shed_fails_what_waits_for_a_dead_endpoint(clock: ManualClock) -> None:
     upstream = BatchServer(latency_s=5)
@@ -1022,6 +1069,36 @@ async def test_shed_fails_what_waits_for_a_dead_endpoint(clock: ManualClock) -> 
     assert outcomes[0] is not outcomes[1]
     assert (await other[0]).ok
     await busy
+
+
+@manual_time
+async def test_shed_fails_who_waits_outside_for_a_dead_endpoint(clock: ManualClock) -> None:
+    upstream = BatchServer(latency_s=5)
+    batcher = bound(upstream, clock, max_queue=1)
+    busy = await occupy(batcher)
+    doomed, other, gone = start(batcher, "a", "b"), start(batcher, "a", model="other"), start(batcher, "c")[0]
+    await asyncio.sleep(0.1)
+    gone.cancel()
+    assert batcher.shed(chat_call(), lambda: errors.CircuitOpen("dead")) == 2
+    outcomes = await asyncio.gather(*doomed, gone, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.CircuitOpen] * 2 + [asyncio.CancelledError]
+    assert (await other[0]).ok
+    await busy
+    assert len(upstream.calls) == 2
+    assert batcher._gathering.entrance.inside == 0
+
+
+@manual_time
+async def test_cancelled_in_the_very_turn_of_being_shed_outside(clock: ManualClock) -> None:
+    batcher = bound(BatchServer(latency_s=1), clock, max_queue=1)
+    busy = await occupy(batcher)
+    (outside,) = start(batcher, "a")
+    await asyncio.sleep(0.1)
+    assert batcher.shed(chat_call(), lambda: errors.CircuitOpen("dead")) == 1
+    outside.cancel()
+    assert isinstance((await asyncio.gather(outside, return_exceptions=True))[0], asyncio.CancelledError)
+    assert (await busy).ok
+    assert batcher._gathering.entrance.inside == 0
 
 
 @manual_time
@@ -1106,8 +1183,8 @@ async def test_random_cancellation_leaves_nothing_behind(clock: ManualClock) -> 
 async def test_entrance_survives_cancellation_at_any_moment(clock: ManualClock) -> None:
     del clock
     entrance = Entrance(1)
-    await entrance.enter()
-    waiting = [asyncio.ensure_future(entrance.enter()) for _ in range(3)]
+    await entrance.enter(chat_call())
+    waiting = [asyncio.ensure_future(entrance.enter(chat_call())) for _ in range(3)]
     await asyncio.sleep(0)
     waiting[0].cancel()
     await asyncio.sleep(0)
