@@ -8,6 +8,7 @@ cancelled is the future the work waits for.
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llmmw.errors import DeadlineExceeded, UpstreamTimeout
@@ -38,27 +39,34 @@ def is_unsent(error: object) -> bool:
 
 
 class Alarms:
-    """One timer for many waits of the same length, which come due in the order in which they began.
+    """One timer for many waits, most of which come due in the order in which they began (those of one length do).
 
     A timer of its own costs each wait 2 µs, and the loop a longer heap.
     """
 
-    __slots__ = ("_clock", "_loop", "_timer", "_waits")
+    __slots__ = ("_clock", "_last", "_loop", "_rings_at", "_timer", "_waits")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waits: dict[Until[Any], float] = {}
+        self._last = self._rings_at = -inf
 
-    def add(self, wait: Until[Any], due: float) -> None:
-        """Interrupt this wait when it is due; not before one that was added earlier."""
+    def add(self, wait: Until[Any], due: float) -> bool:
+        """Interrupt this wait when it is due; False if it is due before one that was added earlier, or never."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop, self._timer, self._waits = loop, None, {}
-        self._waits[wait] = due
+        if due == inf or (due < self._last and self._waits):
+            return False
+        self._waits[wait] = self._last = due
+        if self._timer is not None and due < self._rings_at:  # it was set for a wait that is over
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = loop.call_later(max(0.0, due - self._clock.monotonic()), self._ring)
+            self._set_timer(due, self._clock.monotonic())
+        return True
 
     def discard(self, wait: Until[Any]) -> None:
         """The wait is over. The timer stays as it is: the next wait may need it."""
@@ -67,14 +75,19 @@ class Alarms:
     def _ring(self) -> None:
         self._timer = None
         now = self._clock.monotonic()
-        while self._waits:
-            wait = next(iter(self._waits))
-            due = self._waits[wait]
+        expired: list[Until[Any]] = []
+        for wait, due in self._waits.items():
             if due - now > _SLACK_S:
-                self._timer = asyncio.get_running_loop().call_later(due - now, self._ring)
-                return
+                self._set_timer(due, now)
+                break
+            expired.append(wait)
+        for wait in expired:
             del self._waits[wait]
             wait.fire()
+
+    def _set_timer(self, due: float, now: float) -> None:
+        self._rings_at = due
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._ring)
 
 
 class Until(Generic[T]):
@@ -85,7 +98,7 @@ class Until(Generic[T]):
         clock: the scale of `due`.
         due: monotonic seconds (`math.inf` for never); asked when the work suspends and again when that moment came.
         error: makes the exception for the caller.
-        alarms: rings for this wait instead of a timer of its own, where `due` never comes nearer and is finite.
+        alarms: rings for this wait instead of a timer of its own, where that is in turn.
 
     An error with `sent` tells whether anything had been sent, where the work says so (`mark_unsent`).
 
@@ -153,10 +166,9 @@ class Until(Generic[T]):
         raise error
 
     def _watch(self) -> None:
-        if self._alarms is None:
+        if self._alarms is None or not self._alarms.add(self, self._due()):
+            self._alarms = None
             self._arm()
-        else:
-            self._alarms.add(self, self._due())
 
     def _rest(self) -> None:
         self._waiting = None
@@ -168,7 +180,7 @@ class Until(Generic[T]):
     def _arm(self) -> None:
         delay = self._due() - self._clock.monotonic()
         self._handle = None
-        if delay != float("inf"):
+        if delay != inf:
             self._handle = asyncio.get_running_loop().call_later(max(0.0, delay), self.fire)
 
     def fire(self) -> None:

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from llmmw.answer import Usage
-from llmmw.interrupt import TimedChunks, Until, until_deadline
+from llmmw.interrupt import Alarms, TimedChunks, Until, until_deadline
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import ScriptedChunks, chat_chunks
 
@@ -291,3 +291,57 @@ def test_closing_a_suspended_guard_reaches_the_work():
 
     clock.run(main())
     assert cleaned == [True]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@manual_time
+async def test_waits_that_share_a_timer_end_at_their_own_moments(clock, seed):
+    rng, alarms, ended = random.Random(seed), Alarms(clock), {}
+
+    async def wait(number, length, work):
+        at = clock.monotonic() + length
+        try:
+            await Until(value(1, work), clock, lambda: at, Late, alarms=alarms)
+        except Late:
+            ended[number] = clock.monotonic() - at
+            assert length < work
+        else:
+            ended[number] = 0
+            assert work <= length
+
+    waits = []
+    for number in range(60):
+        length = rng.choice([5, 5, 5, 5, rng.uniform(0, 20), math.inf])
+        work = rng.choice([0.1, 0.1, 1, 30])
+        waits.append(asyncio.ensure_future(wait(number, length, work)))
+        await asyncio.sleep(rng.choice([0, 0, 0.3, 7]))
+    await asyncio.gather(*waits)
+    assert len(ended) == 60
+    assert all(abs(late) <= 0.002 for late in ended.values())
+
+
+@manual_time
+async def test_a_thousand_waits_of_one_length_need_one_timer_and_end_together(clock):
+    alarms, moment = Alarms(clock), clock.monotonic() + 5
+    never = asyncio.get_running_loop().create_future()
+    before = timers()
+    waits = [asyncio.ensure_future(until_shared(asyncio.shield(never), clock, moment, alarms)) for _ in range(1000)]
+    await asyncio.sleep(0)
+    assert timers() - before == 1
+    outcomes = await asyncio.gather(*waits, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {Late}
+    assert clock.monotonic() == pytest.approx(moment)
+
+
+async def until_shared(work, clock, at, alarms):
+    return await Until(work, clock, lambda: at, Late, alarms=alarms)
+
+
+@manual_time
+async def test_a_shared_timer_of_waits_that_are_over_does_not_hold_up_a_shorter_one(clock):
+    alarms = Alarms(clock)
+    assert await until_shared(value(1, 1), clock, clock.monotonic() + 500, alarms) == 1
+    moment = clock.monotonic() + 2
+    with pytest.raises(Late):
+        await until_shared(value(1, 50), clock, moment, alarms)
+    assert clock.monotonic() == pytest.approx(moment)

@@ -65,14 +65,18 @@ class Ledger:
         excess = self.used(now) + min(amount, self.limit) - self.limit
         if excess <= 0:
             return now
-        leaving = [(cell.at + self.window, cell.amount) for cell in self._cells]
-        if self._foreign:
-            leaving.append((self._foreign_until, self._foreign))
-            leaving.sort()
-        for at, units in leaving:
-            excess -= units
+        foreign = self._foreign
+        for cell in self._cells:
+            at = cell.at + self.window
+            if foreign and self._foreign_until <= at:
+                excess, foreign = excess - foreign, 0
+                if excess <= 0:
+                    return self._foreign_until
+            excess -= cell.amount
             if excess <= 0:
                 return at
+        if foreign and excess <= foreign:
+            return self._foreign_until
         return now + self.window
 
     def spend(self, amount: int, now: float) -> Cell:

@@ -12,6 +12,7 @@ import math
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -27,6 +28,7 @@ MAX_WAIT_S = 3600.0
 Measure = Literal["requests", "tokens", "input_tokens", "output_tokens"]
 
 _MAX_TEXT = 64
+_PLAIN_DIGITS = 20
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,4})?")
 _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ns|us|µs|ms|s|m|h|d)")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -67,12 +69,14 @@ def feedback(headers: Iterable[tuple[str, str]], wall: float) -> Feedback:
         wall: seconds since 1970, against which dates are read when the response has no usable Date.
     """
     found: dict[str, str] = {}
+    date = None
     for name, value in headers:
-        if name.startswith(_PREFIXES) or name == "date":
+        if name.startswith(_PREFIXES):
             found.setdefault(name, value)
-    if not found or (len(found) == 1 and "date" in found):
+        elif name == "date" and date is None:
+            date = value
+    if not found:
         return NO_FEEDBACK
-    now = _server_time(found.pop("date", None), wall)
     readings: dict[Measure, dict[str, float]] = {}
     ignored = 0
     for name, text in found.items():
@@ -80,7 +84,7 @@ def feedback(headers: Iterable[tuple[str, str]], wall: float) -> Feedback:
         if place is None:
             continue
         measure, field = place
-        reading = _reset(text, now) if field == "reset" else _count(text)
+        reading = _reset(text, date, wall) if field == "reset" else _count(text)
         if reading is None:
             ignored += 1
         else:
@@ -104,7 +108,7 @@ def retry_after(headers: Iterable[tuple[str, str]], body: object, wall: float) -
             found.setdefault(name, value)
     candidates = (
         _scaled(_number(found.get("retry-after-ms", "")), 0.001),
-        _wait(found.get("retry-after", ""), _server_time(found.get("date"), wall)),
+        _wait(found.get("retry-after", ""), found.get("date"), wall),
         _retry_info(body),
     )
     for wait in candidates:
@@ -142,6 +146,8 @@ def _reading(measure: Measure, fields: dict[str, float]) -> Reading:
 
 def _number(text: str) -> float | None:
     """A finite number in plain ASCII (Python's float() would also take "1_000" and Arabic digits)."""
+    if text.isdecimal() and text.isascii() and len(text) < _PLAIN_DIGITS:
+        return float(text)
     text = text.strip()
     if not _NUMBER.fullmatch(text):
         return None
@@ -176,17 +182,17 @@ def _server_time(date: str | None, wall: float) -> float:
     return wall if found is None else found
 
 
-def _wait(text: str, now: float) -> float | None:
+def _wait(text: str, date: str | None, wall: float) -> float | None:
     found = duration(text)
     if found is None:
-        date = moment(text)
-        found = None if date is None else date - now
+        until = moment(text)
+        found = None if until is None else until - _server_time(date, wall)
     return found
 
 
-def _reset(text: str, now: float) -> float | None:
+def _reset(text: str, date: str | None, wall: float) -> float | None:
     """A reset as seconds in (0, 3600]; 0 and less are Azure's way of saying nothing."""
-    found = _wait(text, now)
+    found = _wait(text, date, wall)
     return None if found is None or found <= 0 else min(found, MAX_WAIT_S)
 
 
@@ -201,6 +207,7 @@ def _retry_info(body: object) -> float | None:
     return None
 
 
+@lru_cache(maxsize=64)
 def _split(name: str) -> tuple[Measure, str] | None:
     """("requests", "limit") from "x-ratelimit-limit-requests" or "anthropic-ratelimit-requests-limit"."""
     if name.startswith("x-"):

@@ -52,6 +52,10 @@ class Limits(msgspec.Struct, frozen=True):
     cached_free: bool
     gradient: bool
 
+    def of(self, name: str) -> int:
+        """Units per window of a limit that there is."""
+        return (self.rpm or 0) if name == "requests" else dict(self.tokens)[name]
+
 
 class Permit:
     """The right to make one call; given back exactly once."""
@@ -101,10 +105,7 @@ class Allowance:
         """Whether forgetting this bucket would let nothing through that it holds back, or knows to be too much."""
         if self.in_use or self.pace.until > now or any(ledger.used(now) for _, ledger in self.ledgers()):
             return False
-        told = self.requests is not None and self.requests.limit != self.limits.rpm
-        told = told or any(
-            held.limit != units for (_, held), (_, units) in zip(self.tokens, self.limits.tokens, strict=True)
-        )
+        told = any(ledger.limit != self.limits.of(name) for name, ledger in self.ledgers())
         return now - self.pace.last_grant > _LEARNT_FOR_S or (self.pace.learnt is None and not told)
 
     # -- taking -------------------------------------------------------------------------------------------------
@@ -265,13 +266,14 @@ class Allowance:
             return
         self._heard = started
         now = self._clock()
-        configured = dict(self.limits.tokens) | {"requests": self.limits.rpm or 0}
         may_raise = now - self._raised >= _RAISE_EVERY_S
         for name, ledger in self.ledgers():
+            measure = _MEASURES[name]
             for reading in readings:
-                if reading.measure == _MEASURES[name]:
-                    if reading.limit:
-                        self._relimit(name, ledger, min(reading.limit, configured[name]), may_raise=may_raise)
+                if reading.measure == measure:
+                    if reading.limit and reading.limit != ledger.limit:
+                        told = min(reading.limit, self.limits.of(name))
+                        self._relimit(name, ledger, told, may_raise=may_raise)
                     if reading.remaining is not None:
                         ledger.observe(reading.remaining, started, now, reading.reset_s)
 

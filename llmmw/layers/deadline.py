@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llmmw.errors import DeadlineExceeded
 from llmmw.events import RefusedEarly
-from llmmw.interrupt import Until, until_deadline
+from llmmw.interrupt import Alarms, Until, until_deadline
 from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings
@@ -43,11 +43,12 @@ class Deadline(Positioned):
 
 
 class BoundDeadline(Bound):
-    """Guards each call with one timer, armed only when the call has to wait."""
+    """Guards each call that has to wait, with one timer for most of them."""
 
     def __init__(self, inner: Handler, env: Env, seconds: float) -> None:
         super().__init__(inner, env)
         self._seconds = seconds
+        self._alarms = Alarms(env.clock)
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer within the deadline.
@@ -64,7 +65,7 @@ class BoundDeadline(Bound):
             if given <= now:
                 return self._too_late(call)
         timely = call if until == given else call.within(deadline=until)
-        reply = await Until(self.inner(timely), clock, lambda: until, _exceeded)
+        reply = await Until(self.inner(timely), clock, lambda: until, _exceeded, alarms=self._alarms)
         if reply.chunks is None:
             return reply
         return reply.replace(chunks=until_deadline(reply.chunks, clock, until, _exceeded))

@@ -82,12 +82,9 @@ class BoundTimeout(Bound):
         if self._connect is not None:
             call = call.replace(connect_s=self._connect)
         watch = _Watch(call, began, self._total)
-        alarms = None
         if call.stream:
             watch.limit_silence("first_byte", began, self._first_byte)
-        elif call.deadline is None:
-            alarms = self._alarms
-        reply = await Until(self.inner(call), clock, watch.due, watch.error, alarms=alarms)
+        reply = await Until(self.inner(call), clock, watch.due, watch.error, alarms=self._alarms)
         if reply.chunks is not None:
             reply = reply.replace(chunks=_Watched(reply.chunks, self.env, watch, self._between))
             return at_end(reply, lambda end: self._ended(call, reply, began, end.how))
