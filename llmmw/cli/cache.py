@@ -101,9 +101,7 @@ def _explain(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="A request body.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
     *,
-    op: Annotated[
-        str | None, typer.Option(help=f"What is asked for: {', '.join(_OPS)}; by default by the body.")
-    ] = None,
+    op: Op = None,
     json: AsJSON = False,
 ) -> None:
     if op is not None and op not in _OPS:

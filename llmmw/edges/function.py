@@ -110,6 +110,15 @@ class FunctionEdge:
             )
             self.engine.env.emit(Warned("cache: private function", text))
 
+    def forget_undecodable(self, call: Call) -> None:
+        """What another process stored is of a class that this one does not know."""
+        text = (
+            f"{self.name} returns objects of a class that its annotation does not name, so what other processes stored "
+            f"is of no use here: annotate it, as in def {self.name.rpartition('.')[2]}(...) -> ChatCompletion"
+        )
+        self.engine.env.emit(Warned("cache: not annotated", text))
+        self.engine.invalidate(call)
+
     def value(self, reply: Reply) -> Any:
         """What the function returned, as itself for its own caller, as a copy for everybody else.
 
@@ -197,7 +206,7 @@ def _async_caller(edge: FunctionEdge) -> Callable[..., Any]:
         try:
             return edge.value(await engine.call(request))
         except Undecodable:
-            engine.invalidate(request)
+            edge.forget_undecodable(request)
             return edge.value(await engine.call(request))
 
     return call
@@ -211,7 +220,7 @@ def _sync_caller(edge: FunctionEdge) -> Callable[..., Any]:
         try:
             return edge.value(engine.call_sync(request))
         except Undecodable:
-            engine.invalidate(request)
+            edge.forget_undecodable(request)
             return edge.value(engine.call_sync(request))
 
     return call

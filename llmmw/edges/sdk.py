@@ -24,7 +24,7 @@ from llmmw.edges.sdkmethod import Method
 from llmmw.endpoints.sdk import SDKEndpoint
 from llmmw.env import disabled
 from llmmw.errors import ConfigError
-from llmmw.keys.identity import Namespaces, asker_of
+from llmmw.keys.identity import Namespaces, account_of, asker_of, has_provider
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.settings import accepting, text
@@ -192,12 +192,12 @@ class Wrapping:
     def credential(self, extra: Mapping[str, Any]) -> str:
         """Who asks: the client's credential and account, as they are now."""
         client = self.client
-        held = {name: getattr(client, name, None) for name in ("api_key", "auth_token", "organization", "project")}
-        if any(getattr(client, name, None) is not None for name in ("_api_key_provider", "_azure_ad_token_provider")):
+        held = account_of(client)
+        if has_provider(client):
             held["provider"] = self.shared.provider_token
         headers = {**client._custom_headers, **extra}  # noqa: SLF001 — the SDK shows them merged with a dozen others only
         named = asker_of((name, str(value)) for name, value in headers.items())
-        return "".join(f"\n{name}={value}" for name, value in held.items() if value) + named.credential
+        return "".join(f"\n{name}={value}" for name, value in held.items()) + named.credential
 
     def variant(self, extra: Mapping[str, Any], query: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
         """Headers and query parameters that change the answer."""

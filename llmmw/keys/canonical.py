@@ -229,7 +229,8 @@ def _tagged_object(value: object, depth: int) -> object:
             raise Uncacheable("a class")
         return ["class", _name_of(value), _tagged(schema(), depth + 1, ordered=True)]
     if isinstance(value, enum.Enum):
-        return ["enum", _name_of(kind), value.name]
+        meant = cast("object", value.value)
+        return ["enum", _name_of(kind), value.name, meant if type(meant) in SCALARS else None]
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return ["object", _name_of(kind), *(_tagged(item, depth + 1, ordered=False) for item in cast("Any", value))]
     if _name_of(kind) in _TOLD_BY_TEXT:

@@ -15,7 +15,7 @@ import re
 import secrets
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,8 @@ VARIANT_HEADERS = frozenset({"api-version", "anthropic-version", "anthropic-beta
 
 _ACCOUNTS = frozenset({"authorization", "openai-organization", "openai-project"})
 _CREDENTIAL_ENDINGS = ("-key", "-token", "-secret", "-auth", "-authorization", "apikey")
+_ACCOUNT_FIELDS = ("api_key", "auth_token", "organization", "project")
+_PROVIDERS = ("_api_key_provider", "_azure_ad_token_provider", "credentials")
 _NO_CREDENTIAL = "idempotency-key"
 _MAX_KNOWN = 4096
 """Credentials whose namespace is remembered; a gateway sees any number of them."""
@@ -74,6 +76,20 @@ def asker_of(headers: Iterable[tuple[str, str]] = (), query: Iterable[tuple[str,
 def is_credential(name: str) -> bool:
     """Whether a header of that (lower-case) name says who asks, or on whose account."""
     return name in _ACCOUNTS or (name.endswith(_CREDENTIAL_ENDINGS) and not name.endswith(_NO_CREDENTIAL))
+
+
+def account_of(client: Any) -> dict[str, str]:
+    """Credential and account of an SDK's client, by name.
+
+    What is no text is no setting: Anthropic's clients have an `organization` with methods.
+    """
+    held = {name: getattr(client, name, None) for name in _ACCOUNT_FIELDS}
+    return {name: value for name, value in held.items() if isinstance(value, str) and value}
+
+
+def has_provider(client: Any) -> bool:
+    """Whether the credential of an SDK's client changes by itself."""
+    return any(getattr(client, name, None) is not None for name in _PROVIDERS)
 
 
 class Namespaces:

@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import Any, cast
 
 from llmmw.keys.canonical import module_name
+from llmmw.keys.identity import account_of, has_provider
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, EllipsisType})
 CONTAINERS = frozenset({list, dict, set, tuple, frozenset})
@@ -20,9 +21,7 @@ _PROGRAM = frozenset({"__main__", "__mp_main__"})
 _NO_CONTENT = frozenset({"logging", "asyncio", "threading", "_thread", "queue", "concurrent", "contextvars"})
 """Modules of the standard library whose objects change no answer."""
 _CLIENTS = frozenset({"openai", "anthropic"})
-_CLIENT_FIELDS = ("api_key", "auth_token", "organization", "project")
 _CLIENT_EXTRAS = ("_custom_headers", "_custom_query")
-_PROVIDERS = ("_api_key_provider", "_azure_ad_token_provider")
 
 
 def plain_form(value: object) -> object:
@@ -45,12 +44,10 @@ def known_form(value: Any) -> object | None:
 
 
 def _client_form(client: Any) -> object | None:
-    if any(getattr(client, name, None) is not None for name in _PROVIDERS):
-        return None  # its credential changes by itself
+    if has_provider(client):
+        return None
     extras = [sorted((k, v) for k, v in getattr(client, name).items() if type(v) is str) for name in _CLIENT_EXTRAS]
-    # Where the account has no such field, another class may have a method of that name.
-    fields = [found if type(found := getattr(client, name, None)) is str else None for name in _CLIENT_FIELDS]
-    return ("client", name_of(type(client)), str(client.base_url), fields, extras)
+    return ("client", name_of(type(client)), str(client.base_url), sorted(account_of(client).items()), extras)
 
 
 @functools.lru_cache(maxsize=256)

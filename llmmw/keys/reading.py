@@ -59,7 +59,8 @@ class Reading:
         self._within: list[int] = []
         self._room = _MAX_PARTS_IN_ALL
         self._unknown = 0
-        self._module = ""
+        self._itself: dict[int, str] = {}
+        """The function and those that its decorators wrap, with their modules."""
         self._is_near = self._by_closure = True
         self.private_for = ""
         """Name of a closed-over variable whose content is unknown; "" for none."""
@@ -96,9 +97,12 @@ class Reading:
         holder: object = None
         if isinstance(function, MethodType):
             holder, function = function.__self__, function.__func__
+        outermost = function
         kind = holder if isinstance(holder, type) else _class_around(function) if holder is None else type(holder)
-        self._module = _module_of(function) if isinstance(function, FunctionType) else ""
-        head = self._form(function)
+        while isinstance(function, FunctionType) and id(function) not in self._itself:
+            self._itself[id(function)] = _module_of(function)
+            function = getattr(function, "__wrapped__", None)
+        head = self._form(outermost)
         self._by_closure = False
         return (head, name_of(kind) if isinstance(holder, type) else "", None if kind is None else self._form(kind))
 
@@ -107,8 +111,8 @@ class Reading:
         for value, by_closure in self._queue:  # which grows meanwhile
             self._by_closure = by_closure
             if isinstance(value, FunctionType):
-                self._is_near = _module_of(value) == self._module or by_closure
-                forms.append(self._function_form(value, is_first=not forms))
+                self._is_near = by_closure or _module_of(value) in self._itself.values()
+                forms.append(self._function_form(value))
             else:
                 self._is_near = False
                 forms.append(self._class_form(cast("type", value)))
@@ -121,7 +125,7 @@ class Reading:
             self._queue.append((value, self._by_closure))
         return (kind, ordinal)
 
-    def _function_form(self, function: FunctionType, *, is_first: bool) -> object:
+    def _function_form(self, function: FunctionType) -> object:
         wrapped = cast("object", getattr(function, "__wrapped__", None))
         code, names = function.__code__, names_in(function.__code__)
         skipped = self._ignore | names.own
@@ -136,22 +140,20 @@ class Reading:
                 if self._unknown > before and self._by_closure and wrapped is None:
                     self.private_for = self.private_for or name
         defaults: object = None
-        if not is_first:  # those of the function itself are arguments
+        if id(function) not in self._itself:  # those of the function itself are arguments
             defaults = (self._form(function.__defaults__), self._form(function.__kwdefaults__))
         closure, self._by_closure = self._by_closure, False
-        found = self._globals(function, names, skipped, is_first=is_first)
+        found = self._globals(function, names, skipped)
         self._by_closure = closure
         return (self._code_form(code, 0), defaults, cells, found, self._form(wrapped))
 
-    def _globals(
-        self, function: FunctionType, names: Names, skipped: frozenset[str], *, is_first: bool
-    ) -> list[object]:
+    def _globals(self, function: FunctionType, names: Names, skipped: frozenset[str]) -> list[object]:
         place, found = function.__globals__, list[object]()
         if not is_own(_module_of(function)):
             return found
         for name in sorted(names.loaded - skipped):
             value: Any = place.get(name, ABSENT)
-            if type(value) is contextvars.ContextVar and is_first:
+            if type(value) is contextvars.ContextVar and id(function) in self._itself:
                 self.context_variables.append(value)  # pyright: ignore[reportUnknownArgumentType]  # of anything
             if value is not ABSENT:
                 found.append((name, self._read(place, name)))
@@ -186,6 +188,9 @@ class Reading:
 
     def _class_form(self, kind: type) -> object:
         """Of a class of the user's: what its methods do, its plain attributes, its schema."""
+        if enum.Enum in kind.__mro__:
+            named: dict[str, enum.Enum] = dict(getattr(kind, "__members__", {}))
+            return (name_of(kind), [(name, self._form(member.value)) for name, member in named.items()])
         members: list[object] = []
         for name, member in sorted(vars(kind).items()):
             value: object = getattr(cast("object", member), "__func__", member)
@@ -229,8 +234,7 @@ class Reading:
         if isinstance(value, FunctionType):
             form = self._told_later(value, "function") if _tells(value) else ("named", name_of(value))
         elif isinstance(value, type):
-            is_told = is_own(value.__module__) and not issubclass(value, enum.Enum)
-            form = self._told_later(value, "class") if is_told else ("named", name_of(value))
+            form = self._told_later(value, "class") if is_own(value.__module__) else ("named", name_of(value))
         elif isinstance(value, ModuleType):
             form = ("module", value.__name__)
         elif isinstance(value, MethodType | BuiltinFunctionType):
@@ -272,7 +276,7 @@ class Reading:
             return known
         kind = cast("type[object]", type(value))
         if isinstance(value, enum.Enum):
-            return ("enum", name_of(kind), value.name)
+            return ("enum", self._form(kind), value.name)
         fields = fields_of(value)
         if fields is not None:
             self._watch_content(getattr(value, "__dict__", None))

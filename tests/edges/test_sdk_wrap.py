@@ -414,3 +414,26 @@ async def test_the_endpoint_survives_an_error_whose_body_was_closed():
     assert error_reply(400).status == 400
     assert "sdk" in repr(__import__("llmmw.endpoints.sdk", fromlist=["x"]).SDKEndpoint("sdk"))
     assert "openai" in sys.modules
+
+
+MESSAGE = {
+    "id": "1", "type": "message", "role": "assistant", "model": "m", "content": [{"type": "text", "text": "yes"}],
+    "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1},
+}  # fmt: skip
+
+
+def test_clients_of_one_account_share_also_anthropics(tmp_path):
+    """Whose `organization` is an object of its own in every client and copy."""
+    stack = Stack(TTLCache(300, directory=tmp_path / "c"))
+    server = Server(httpx2.Response(200, json=MESSAGE), lib=httpx2)
+    for _ in range(2):
+        client = wrap_client(server.client(anthropic.Anthropic), stack)
+        for sender in (client, client.with_options(timeout=5)):
+            assert sender.messages.create(max_tokens=5, **ASK).content[0].text == "yes"
+        client.close()
+    assert len(server.seen) == 1
+    other = wrap_client(server.client(anthropic.Anthropic, api_key="l"), stack)
+    server.script.append(httpx2.Response(200, json=MESSAGE))
+    other.messages.create(max_tokens=5, **ASK)
+    assert len(server.seen) == 2
+    other.close()

@@ -258,11 +258,15 @@ EDITS = {
         "'a'",
         "'b'",
     ),
+    "value of an enum": ("import enum\nclass E(enum.Enum):\n A = 1\ndef f(p): return E.A.value", "1", "2"),
     "configuration beside an object": ("C = {'x': object(), 't': 1}\ndef f(p): return C", "1", "2"),
 }  # fmt: skip
 CHANGES = {
     "item": ("C = {'t': {'u': 0}}\ndef f(p): return C['t']['u']", "C['t']['u'] = 1"),
     "list": ("C = [1]\ndef f(p): return C", "C.append(2)"),
+    "what a decorated function reads": (
+        "import contextlib\nC = [1]\n@contextlib.contextmanager\ndef f(p): return C", "C.append(2)"
+    ),
     "history": ("H = []\ndef f(p):\n H.append(p)\n return str(H)", "f('x')"),
     "object": ("class A: t = 0\na = A(); a.t = 1\ndef f(p): return a.t", "a.t = 2"),
     "class behind an object": ("class A: t = 0\na = A()\ndef f(p): return a.t", "A.t = 2"),
@@ -550,6 +554,28 @@ def test_processes_agree_on_everything_that_has_a_form(tmp_path):
         for seed in ("1", "2")
     }
     assert len(found) == 1
+
+
+RETURNING = """
+import dataclasses, sys, llmmw
+@dataclasses.dataclass
+class Answer:
+    text: str
+@llmmw.middleware(cache_ttl=300, cache_directory=sys.argv[1])
+def ask(prompt){annotation}:
+    return Answer(prompt)
+assert ask("x") == Answer("x")
+print(ask.get_performance_stats()["cache_hits"], *ask.get_performance_stats()["warnings"].values())
+ask.close()
+"""
+
+
+@pytest.mark.parametrize(("annotation", "told"), [("", "1 __main__.ask returns objects"), (" -> Answer", "1\n")])
+def test_a_class_that_is_not_annotated_is_no_use_to_other_processes_and_says_so(tmp_path, annotation, told):
+    command = [sys.executable, "-c", RETURNING.format(annotation=annotation), str(tmp_path)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout for _ in range(2)]
+    assert runs[0] == "0\n"
+    assert told in runs[1]
 
 
 SPAWNING = """

@@ -447,3 +447,10 @@ def test_times_and_exact_numbers_as_arguments_have_a_form():
 
     with pytest.raises(Uncacheable, match="no codec for datetime"):
         key_of(function_call(v=dt.datetime(2026, 1, 1, tzinfo=Zone())))
+
+
+def test_an_enums_value_counts():
+    def style(text):
+        return enum.Enum("Style", {"NICE": text}).NICE
+
+    assert differ(function_call(v=style("be nice")), function_call(v=style("be kind")))
