@@ -52,20 +52,21 @@ class FunctionCode:
     @property
     def private_for(self) -> str:
         """Name of the closed-over variable whose content is unknown, so that nothing is shared; "" for none."""
-        return self._now().private_for
+        reading = self._reading or self._read()
+        return reading.private_for
 
     def variant(self) -> tuple[tuple[str, str], ...]:
         """What a call says about the function: a digest of 32 hexadecimal digits, as it is now, and its context."""
-        reading = self._now()
+        reading = self._reading
+        if reading is None or not reading.is_current():
+            reading = self._read()
         if not reading.context_variables:
             return reading.variant
         return (*reading.variant, *map(_context_of, reading.context_variables))
 
-    def _now(self) -> Reading:
-        reading = self._reading
-        if reading is None or not reading.is_current():
-            # Read at the first call, when the whole module has been run.
-            self._reading = reading = Reading(self._function, self._ignore, self._secret)
+    def _read(self) -> Reading:
+        """At the first call, when the whole module has been run."""
+        self._reading = reading = Reading(self._function, self._ignore, self._secret)
         return reading
 
 
