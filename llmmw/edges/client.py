@@ -249,7 +249,8 @@ class Client(ClientBase):
     async def cancel_offline(self, offline: Offline) -> int:
         """Cancel the offline batches of a directory that are under way; what is answered by then stays answered.
 
-        Who waits for them, here or in another process, gets `Closed` for what was not.
+        Who waits for them, here or in another process, gets `Closed` for what was not. One at Anthropic whose
+        submission was cut short is left alone: that a batch found there is the same shows only when it has ended.
 
         Args:
             offline: an OfflineBatch, or the directory of one.

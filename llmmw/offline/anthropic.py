@@ -43,6 +43,7 @@ class Anthropic:
     max_requests = 100_000
     max_bytes = 256_000_000
     overhead = len(b'{"requests":[]}')
+    proves = False
 
     def translated(self, call: Call) -> Call:
         """Messages instead of a chat."""

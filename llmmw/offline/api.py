@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-import msgspec
 
 from llmmw.algo.headers import moment
 from llmmw.answer import mapping
@@ -12,6 +11,7 @@ from llmmw.call import Call, Reply
 from llmmw.errors import LLMMWError, ProtocolError
 from llmmw.fault import Fault, FaultKind, classify, error_of
 from llmmw.wire import decode_json
+from llmmw.wire.strict import read_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -132,22 +132,22 @@ class Api:
         reply = await self._caller.call(Call(op, "", {}, stream=True, native=request, direct=True))
         if not reply.ok:
             raise error_of(reply)
-        kept = b""
-        if reply.chunks is None:
-            kept = reply.data or b""
-        else:
+        kept = bytearray(reply.data or b"")
+        if reply.chunks is not None:
             try:
                 async for chunk in reply.chunks:
-                    *whole, kept = (kept + (chunk if isinstance(chunk, bytes) else b"")).split(b"\n")
-                    for line in whole:
-                        if found := _object(line):
-                            yield found
+                    kept += chunk if isinstance(chunk, bytes) else b""
+                    if isinstance(chunk, bytes) and b"\n" in chunk:
+                        *whole, kept = kept.split(b"\n")
+                        for found in map(_object, whole):
+                            if found:
+                                yield found
                     if len(kept) > _MAX_LINE_BYTES:
                         raise ProtocolError(f"a line of {path} is longer than {_MAX_LINE_BYTES} bytes")
             finally:
                 await reply.chunks.aclose()
-        for line in kept.split(b"\n"):
-            if found := _object(line):
+        for found in map(_object, kept.split(b"\n")):
+            if found:
                 yield found
 
     async def _send(self, method: str, path: str, body: bytes, kind: str, *, once: bool) -> Reply:
@@ -183,10 +183,10 @@ class Api:
         Raises:
             TooLate: the deadline passed.
         """
-        clock, deadline = self.env.clock, self._deadline
-        left_s = wait_s if deadline is None else deadline - clock.monotonic()
+        clock = self.env.clock
+        left_s = math.inf if self._deadline is None else self._deadline - clock.monotonic()
         await clock.sleep(max(0.0, min(wait_s, left_s)))
-        if left_s < wait_s:
+        if left_s < wait_s or left_s <= 0:
             raise TooLate
 
     async def _back_off(self, error: LLMMWError, number: int, passing: frozenset[FaultKind]) -> None:
@@ -207,8 +207,8 @@ class Api:
         return self.judge(error).kind in _PASSING - _NOTHING_DONE
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _object(line: bytearray) -> dict[str, Any]:
     try:
-        return mapping(msgspec.json.decode(line)) or None
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return None
+        return mapping(read_json(bytes(line)))
+    except (ValueError, RecursionError):
+        return {}

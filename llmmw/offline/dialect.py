@@ -50,6 +50,8 @@ class Dialect(Protocol):
     max_bytes: int
     overhead: int
     """Bytes of a submission besides its lines."""
+    proves: bool
+    """Whether a batch that `find` finds is certainly the manifest's."""
 
     def translated(self, call: Call) -> Call:
         """The call as this API makes it.

@@ -40,6 +40,7 @@ class OpenAI:
     max_requests = 50_000
     max_bytes = 200_000_000
     overhead = 0
+    proves = True
 
     def translated(self, call: Call) -> Call:
         """The call itself."""

@@ -66,7 +66,7 @@ async def run(
 
 
 async def cancel(engine: Engine, endpoint: Server, settings: OfflineBatch) -> int:
-    """Cancel what is under way in a directory; how many batches."""
+    """Cancel what is under way in a directory, if it is certainly ours; how many batches."""
     shelf = await asyncio.to_thread(Shelf, settings.directory)
     dialect = _DIALECTS[settings.api]()
     api = Api(engine, endpoint, tries=settings.tries)
@@ -74,11 +74,22 @@ async def cancel(engine: Engine, endpoint: Server, settings: OfflineBatch) -> in
     for manifest in await asyncio.to_thread(shelf.load):
         if manifest.done or not manifest.sent or (manifest.api, manifest.target) != (dialect.name, api.name):
             continue
-        batch = manifest.batch or await dialect.find(api, manifest, frozenset(manifest.foreign))
-        if batch is not None and (await dialect.look(api, batch)).ended is None:
+        batch = manifest.batch
+        if not batch and dialect.proves:
+            batch = await dialect.find(api, manifest, frozenset()) or ""
+        if batch and not manifest.assumed and await _is_under_way(dialect, api, batch):
             await dialect.cancel(api, batch)
             told += 1
     return told
+
+
+async def _is_under_way(dialect: Dialect, api: Api, batch: str) -> bool:
+    try:
+        return (await dialect.look(api, batch)).ended is None
+    except StatusError as error:
+        if error.status not in _GONE:
+            raise
+        return False
 
 
 class Run:
@@ -117,19 +128,28 @@ class Run:
         submissions = self._submissions
         await submissions.load()
         await self._recall()
-        await self._collect()
         try:
+            await self._collect()
             for _ in range(_ROUNDS):
                 if not questions.open:
                     break
                 under_way = await submissions.under_way(questions)
                 await self._wait(under_way + await submissions.submit_rest(questions))
         except TooLate:
-            late = "the deadline passed before the batch had ended; the same call again waits on for it"
-            questions.fail(questions.open, lambda: DeadlineExceeded(late, sent=True))
+            self._too_late()
         questions.fail(questions.open, lambda: ProtocolError("no batch gave it an outcome", endpoint=self._api.name))
         questions.tell()
         return questions.outcomes()
+
+    def _too_late(self) -> None:
+        """What is open has missed the deadline."""
+        late = "the deadline passed before the batch had ended; the same call again waits on for it"
+        self._questions.fail(
+            self._questions.open.keys() & self._submissions.submitted, lambda: DeadlineExceeded(late, sent=True)
+        )
+        self._questions.fail(
+            self._questions.open, lambda: DeadlineExceeded("the deadline passed before a batch was made", sent=False)
+        )
 
     async def _recall(self) -> None:
         """What the cache has."""
@@ -205,7 +225,7 @@ class Run:
             return
         results = await self._results(standing)
         named = {custom_id for custom_id, _ in results}
-        if named and named.isdisjoint(manifest.ids):
+        if manifest.assumed and named and named.isdisjoint(manifest.ids):
             manifest.foreign.append(manifest.batch)
             manifest.batch = ""
             await self._submissions.save(manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import weakref
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -45,6 +46,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """When the submission began (wall clock): from then on the batch may exist. 0: not yet."""
     batch: str = ""
     """The server's name for the batch."""
+    assumed: bool = False
+    """Its batch was found by time and size, which prove nothing until the results are there."""
     foreign: list[str] = []
     """Batches that looked like this one and turned out to be somebody else's."""
     done: bool = False
@@ -54,6 +57,19 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 def new_manifest(api: str, target: str, op: str, ids: Sequence[str], wall: float) -> Manifest:
     """A manifest that is on no disk yet."""
     return Manifest(id=secrets.token_hex(16), api=api, target=target, created=wall, ids=list(ids), op=op)
+
+
+_locked: weakref.WeakSet[Shelf] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child: the run is the parent's, and its lock must not outlive the parent in ours."""
+    for shelf in list(_locked):
+        shelf.unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Shelf:
@@ -83,10 +99,15 @@ class Shelf:
         """Keep other runs out until `unlock`, or until this process is gone, however it ends.
 
         Raises:
-            ConfigError: another run is at work here.
+            ConfigError: another run is at work here, or the lock cannot be opened.
         """
-        descriptor = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, _PRIVATE_FILE)
+        path = self._directory / "lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, _PRIVATE_FILE)
+        except OSError as error:
+            raise ConfigError(f"OfflineBatch: {path} cannot be opened ({error})") from None
         self._lock = os.fdopen(descriptor, "rb+")
+        _locked.add(self)
         if fcntl is not None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,9 +166,16 @@ class Shelf:
             raise ConfigError(f"OfflineBatch: the manifest cannot be written: {error}") from None
 
     def drop(self, manifest: Manifest) -> None:
-        """Forget a batch that does not exist (any more)."""
-        self.path(manifest).unlink(missing_ok=True)
-        self._sync()
+        """Forget a batch that does not exist (any more).
+
+        Raises:
+            ConfigError: it cannot be removed.
+        """
+        try:
+            self.path(manifest).unlink(missing_ok=True)
+            self._sync()
+        except OSError as error:
+            raise ConfigError(f"OfflineBatch: the manifest cannot be removed: {error}") from None
 
     def path(self, manifest: Manifest) -> Path:
         """The manifest's file."""

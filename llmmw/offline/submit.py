@@ -51,6 +51,12 @@ class Submissions:
         """Batches whose results were handed out by an earlier run."""
         return [manifest for manifest in self._manifests if manifest.done]
 
+    @property
+    def submitted(self) -> set[str]:
+        """The custom ids of what is in a batch that may exist and was not read."""
+        made = [manifest for manifest in self._manifests if manifest.sent and not manifest.done]
+        return {custom_id for manifest in made for custom_id in manifest.ids}
+
     async def save(self, manifest: Manifest) -> None:
         """Write it to disk."""
         await asyncio.to_thread(self._shelf.save, manifest)
@@ -66,26 +72,25 @@ class Submissions:
         for manifest in list(self._manifests):
             if manifest.done or questions.open.keys().isdisjoint(manifest.ids):
                 continue
-            if not manifest.batch and manifest.sent:
-                manifest.batch = await self._search(manifest) or ""
-                if manifest.batch:
-                    await self.save(manifest)
+            if not manifest.batch and manifest.sent and await self._search(manifest):
+                await self.save(manifest)
             if manifest.batch:
                 found.append(manifest)
             else:
                 await self.drop(manifest)  # it was never submitted
         return found
 
-    async def _search(self, manifest: Manifest) -> str | None:
-        """The batch of a submission whose outcome is unknown; it may take a while to appear."""
+    async def _search(self, manifest: Manifest) -> bool:
+        """Find the batch of a submission whose outcome is unknown, if there is one; it may take a while to appear."""
         others = {other.batch for other in self._manifests if other is not manifest and other.batch}
         taken = frozenset(others | set(manifest.foreign))
         found = await self._dialect.find(self._api, manifest, taken)
         left_s = self._settle_s - (self._api.env.clock.wall() - manifest.sent)
         if found is None and left_s > 0:
-            await self._api.pause(left_s)
+            await self._api.pause(min(left_s, self._settle_s))  # the clock may have been set back since
             found = await self._dialect.find(self._api, manifest, taken)
-        return found
+        manifest.batch, manifest.assumed = found or "", not self._dialect.proves
+        return found is not None
 
     async def submit_rest(self, questions: Questions) -> list[Manifest]:
         """Put what is in no batch yet into new ones. A refusal is the outcome of those it concerns."""
@@ -102,6 +107,7 @@ class Submissions:
         return found
 
     async def _submit(self, questions: Sequence[Question]) -> Manifest:
+        await self._api.pause(0.0)  # not after the deadline
         ids = [question.custom_id for question in questions]
         wall = self._api.env.clock.wall()
         manifest = new_manifest(self._dialect.name, self._api.name, questions[0].call.op, ids, wall)
@@ -111,6 +117,7 @@ class Submissions:
         for number in itertools.count(1):
             try:
                 manifest.batch = await self._dialect.submit(self._api, manifest, lines, self.save)
+                manifest.assumed = False
             except LLMMWError as error:
                 if isinstance(error, Closed):
                     raise  # perhaps in the middle of it: the next run looks
@@ -118,8 +125,8 @@ class Submissions:
                     if number == 1:
                         await self.drop(manifest)
                     raise
-                manifest.batch = await self._search(manifest) or "" if manifest.sent else ""
-                if not manifest.batch and number >= _SUBMISSIONS:
+                known = bool(manifest.sent) and await self._search(manifest)
+                if not known and number >= _SUBMISSIONS:
                     raise
             if manifest.batch:
                 break

@@ -128,3 +128,38 @@ def test_directories_that_others_could_change_are_refused(tmp_path):
     for name in ("link", "open", "file", "file/below"):
         with pytest.raises(ConfigError, match=name):
             Shelf(tmp_path / name)
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    code = """
+import os, sys
+from llmmw.offline.shelf import Shelf
+shelf = Shelf(sys.argv[1])
+shelf.lock()
+if os.fork():
+    os._exit(0)
+print("forked", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "shelf")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "forked\n"
+        assert parent.wait() == 0  # its child still runs: it reads what we have not written
+        shelf = Shelf(tmp_path / "shelf")
+        shelf.lock()
+        shelf.unlock()
+        parent.stdin.close()
+
+
+def test_a_lock_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "elsewhere").write_text("")
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="lock"):
+        Shelf(tmp_path).lock()
+
+
+def test_a_manifest_that_cannot_be_removed_is_told(tmp_path):
+    shelf = Shelf(tmp_path)
+    shelf.path(manifest(id="stuck")).mkdir()
+    with pytest.raises(ConfigError, match="cannot be removed"):
+        shelf.drop(manifest(id="stuck"))
