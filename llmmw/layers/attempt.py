@@ -15,6 +15,7 @@ from llmmw.answer import items
 from llmmw.call import Attempt, Item, Reply
 from llmmw.errors import DeadlineExceeded, LLMMWError, ResponseTooLarge, StreamInterrupted, UpstreamError
 from llmmw.fault import Fault, FaultKind, classify
+from llmmw.layers.firsttoken import HAVE_TOKENS, MAX_SILENT
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
@@ -106,13 +107,6 @@ def _told(attempt: Attempt) -> str:
     return f"{attempt.endpoint or 'the endpoint'} failed ({attempt.fault}: {what}){then}"
 
 
-_HAVE_TOKENS = frozenset({"chat", "complete", "messages", "responses"})
-"""Operations whose streams begin with chunks that say nothing yet."""
-
-_MAX_HELD = 16
-"""A stream that says nothing for so many chunks is handed over as it is."""
-
-
 class Delivery:
     """A stream whose first token is here. If it breaks from now on, the reader gets StreamInterrupted.
 
@@ -136,7 +130,7 @@ class Delivery:
         try:
             async for chunk in chunks:
                 held.append(chunk)
-                if isinstance(chunk, Item) or op not in _HAVE_TOKENS or len(held) >= _MAX_HELD:
+                if isinstance(chunk, Item) or op not in HAVE_TOKENS or len(held) >= MAX_SILENT:
                     break
                 watch.feed(chunk)
                 if watch.has_token:
