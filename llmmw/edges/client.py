@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.call import Outcome, Reply
 from llmmw.edges.many import build_all, outcomes_of, what_failed
-from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of
+from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of, several
 from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.engine.atwork import AtWork
 from llmmw.settings import accepting, instance, text
@@ -207,7 +207,11 @@ class Client(ClientBase):
                 nothing was sent. Else a malformed request from an iterator fails alone.
         """
         return await self._many(
-            requests, lambda request: self.requests.any(request, common), previous, on_progress, offline
+            several("map(requests=)", requests, "requests"),
+            lambda request: self.requests.any(request, common),
+            previous,
+            on_progress,
+            offline,
         )
 
     async def _many(

@@ -49,8 +49,10 @@ def what_failed(items: Sequence[T], previous: Sequence[Outcome]) -> list[T]:
     """The items that an earlier run has no answer for.
 
     Raises:
-        ConfigError: it was another number of items.
+        ConfigError: it was another number of items, or these are no outcomes.
     """
+    if not all(isinstance(old, Outcome) for old in previous):  # pyright: ignore[reportUnnecessaryIsInstance] — a caller's mistake
+        raise ConfigError("map(previous=): expected the outcomes of an earlier map()")
     if len(previous) != len(items):
         raise ConfigError(f"map(previous=): {len(previous)} outcomes for {len(items)} requests")
     return [item for item, old in zip(items, previous, strict=True) if not old.ok]

@@ -122,6 +122,6 @@ def _refusal(status: int, error: BaseException, retry_after_s: float | None = No
         (b"x-should-retry", b"false"),
         (b"x-llmmw-attempts", b"%d" % len(getattr(error, "attempts", ()))),
     ]
-    if retry_after_s is not None:
+    if retry_after_s is not None and 0 <= retry_after_s < math.inf:
         headers.append((b"retry-after", b"%d" % math.ceil(retry_after_s)))
     return Answer(status, headers, body)

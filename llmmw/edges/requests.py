@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -16,10 +17,12 @@ from llmmw.settings import seconds
 from llmmw.wire.sse import SSEParser
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
 
     from llmmw.call import Chunk
     from llmmw.stack import Stack
+
+T = TypeVar("T")
 
 _NO_HEADERS: tuple[tuple[str, str], ...] = ()
 
@@ -112,8 +115,10 @@ class RequestBuilder:
         """The call that a request's keys ask for: `messages` chat, `prompt` complete, `input` embed.
 
         Raises:
-            ConfigError: not exactly one of these keys.
+            ConfigError: no mapping, or not exactly one of these keys.
         """
+        if not isinstance(request, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] — a caller's mistake
+            raise ConfigError(f"a request must be a mapping, not {type(request).__name__}")
         fields = {**common, **request}
         model = fields.pop("model", None)
         kinds = [key for key in ("messages", "prompt", "input") if key in fields]
@@ -193,14 +198,23 @@ def one_of(*, prompts: Iterable[object] | None, messages: Iterable[object] | Non
     """The items of `generate_batch` and the name of the field they go into.
 
     Raises:
-        ConfigError: both, or neither, of the two were given, or a single text.
+        ConfigError: both, or neither, of the two were given, or a single one.
     """
     if prompts is None and messages is not None:
-        if isinstance(messages, str):
-            raise ConfigError("generate_batch(messages=<str>): expected a list of conversations")
-        return "messages", messages
+        return "messages", several("generate_batch(messages=)", messages, "conversations")
     if prompts is None or messages is not None:
         raise ConfigError("generate_batch: give exactly one of prompts=[...] and messages=[[...], ...]")
-    if isinstance(prompts, str):
-        raise ConfigError("generate_batch(prompts=<str>): expected a list of prompts")
-    return "prompt", prompts
+    return "prompt", several("generate_batch(prompts=)", prompts, "prompts")
+
+
+def several(option: str, found: Iterable[T], what: str) -> Iterable[T]:
+    """The argument, if it is a list or an iterator.
+
+    Raises:
+        ConfigError: it is a single item, which can often be iterated over too.
+    """
+    given: object = found
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        kind = type(given).__name__  # pyright: ignore[reportUnknownArgumentType] — a caller's mistake
+        raise ConfigError(f"{option}: expected a list of {what}, not {kind}")
+    return found

@@ -138,8 +138,15 @@ async def test_what_cannot_work_is_refused_before_anything_is_sent(server):
             await client.generate_batch(prompts=["a"], messages=[HELLO])
         with pytest.raises(ConfigError, match="exactly one of messages, prompt, input"):
             await client.map([{"prompt": "a", "messages": "b"}])
-        with pytest.raises(ConfigError, match="list of prompts"):
-            await client.generate_batch(prompts="text")
+        for single in ("text", b"text", {"prompt": "a"}, 5):
+            with pytest.raises(ConfigError, match="list of prompts"):
+                await client.generate_batch(prompts=single)
+            with pytest.raises(ConfigError, match="list of conversations"):
+                await client.generate_batch(messages=single)
+            with pytest.raises(ConfigError, match="list of requests"):
+                await client.map(single)
+        with pytest.raises(ConfigError, match="item 1: a request must be a mapping, not str"):
+            await client.map([{"prompt": "a", "model": MODEL}, "b"])
     assert server.stats()["requests"] == []
     for wrong in ("ftp://x/v1", "http://user:secret@x/v1", "", "127.0.0.1:8000"):
         with pytest.raises(ConfigError) as caught:

@@ -241,6 +241,13 @@ def test_an_error_of_the_way_becomes_the_librarys_exception(error, name):
     assert failure_of(error) == name
 
 
+@pytest.mark.parametrize("wait", [float("inf"), float("nan"), -1.0])
+def test_a_wait_that_is_none_is_not_passed_on(wait):
+    answer = failure_of(RateLimited("never", retry_after_s=wait))
+    assert isinstance(answer, Answer)
+    assert b"retry-after" not in headers_of(answer)
+
+
 def test_the_last_endpoints_retry_after_is_passed_on():
     answer = failure_of(AllEndpointsFailed("all", [ConnectionFailed("a"), RateLimited("b", retry_after_s=7)]))
     assert isinstance(answer, Answer)

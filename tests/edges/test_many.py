@@ -189,6 +189,8 @@ def test_what_failed_is_what_has_no_answer():
     assert what_failed("abc", outcomes) == ["b"]
     with pytest.raises(ConfigError, match="3 outcomes for 2 requests"):
         what_failed("ab", outcomes)
+    with pytest.raises(ConfigError, match="outcomes of an earlier map"):
+        what_failed("ab", ["a", "b"])
 
 
 @manual_time
