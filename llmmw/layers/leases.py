@@ -214,7 +214,7 @@ class Leases:
         else:
             self._hear(ask, answer, asked_at)
         self._task = None
-        if not ask.leaving:
+        if self._changes or not ask.leaving:
             self._schedule()
         self._wake()
 

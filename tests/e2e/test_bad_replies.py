@@ -76,7 +76,7 @@ def stack(fault):
     made = made.replacing("retry", Retry(attempts=ATTEMPTS, backoff=0.001, max_backoff=0.002, rate_patience=0))
     if fault == "429":
         made = made.without("limit")  # its gate would rest for a second, which is tested elsewhere
-    return made.replacing("timeout", Timeout(0.2 if fault == "hang" else 5))
+    return made.replacing("timeout", Timeout(0.5 if fault == "hang" else 20))
 
 
 @pytest.fixture(scope="module")

@@ -164,12 +164,17 @@ assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
 """
 
 DYING_HOME = """
+from llmmw.testing.server import ServerProcess
+server = ServerProcess()
+server.url = url.removesuffix("/v1")
 client = Client(url, stack=stack)
 async def home(pool):
     await client.chat(**asked("home"))
+    await asyncio.to_thread(server.configure, latency_s=30)  # none is answered before the home dies
     asked_there = [pool.submit(lambda n=n: asyncio.run(client.chat(**asked(f"guest {n}")))) for n in range(8)]
     while client.get_performance_stats()["in_flight"] < 8:
         await asyncio.sleep(0)
+    await asyncio.to_thread(server.configure, latency_s=0.005)
     return asked_there
 with ThreadPoolExecutor(8) as pool:
     assert all(future.result(20).ok for future in asyncio.run(home(pool)))
@@ -188,8 +193,6 @@ plain("and then the script simply ends")
     "body", [WAYS_IN, INTERRUPTED, DYING_HOME, NEVER_CLOSED], ids=["ways", "interrupted", "dying home", "never closed"]
 )
 def test_async_debug_mode_stays_silent(server, tmp_path, body):
-    slow = body is DYING_HOME
-    server.configure(latency_s=0.3 if slow else 0.005)
     found = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", HEAD + body, server.base_url, str(tmp_path / "cache")],
         capture_output=True, text=True, timeout=50, check=False,
@@ -261,15 +264,16 @@ def test_async_uvloop_home_runs_guests_and_close(server, stack):
 
 
 def test_async_a_uvloop_home_that_dies_mid_call_serves_its_guest(server, stack, caplog):
-    server.configure(latency_s=0.2)
     client = Client(server.base_url, stack=stack)
     found = []
     guest = threading.Thread(target=lambda: found.append(asyncio.run(client.chat(**question("guest")))))
 
     async def home():
         await client.chat(**question("home"))
+        await asyncio.to_thread(server.configure, latency_s=30)  # not answered before the home dies
         guest.start()
         await asyncio.to_thread(server.wait, at_least={"in_flight": 1})
+        await asyncio.to_thread(server.configure, latency_s=0.005)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(home())
@@ -277,7 +281,6 @@ def test_async_a_uvloop_home_that_dies_mid_call_serves_its_guest(server, stack, 
     assert found[0].ok
     assert client.get_performance_stats()["upstream_requests"] == 3
     client.engine.close()
-    server.configure(latency_s=0.005)
     gc.collect()
     assert caplog.records == []
 

@@ -45,7 +45,6 @@ def sockets() -> int:
 @pytest.mark.parametrize("guests", ["with loops", "plain"])
 def test_async_guests_of_a_home_that_dies_mid_call_get_answers(server, stack, guests, caplog):
     """Each is asked again once, on a thread that stays: never into the dying loop, never from home to home."""
-    server.configure(latency_s=0.3)
     before = sockets()
     client = Client(server.base_url, stack=stack)
     plain = SyncClient.__new__(SyncClient)
@@ -60,8 +59,10 @@ def test_async_guests_of_a_home_that_dies_mid_call_get_answers(server, stack, gu
 
         async def home():
             await client.chat(**question("home"))
+            await asyncio.to_thread(server.configure, latency_s=30)  # none is answered before the home dies
             asked = [pool.submit(work, number) for number in range(8)]
             await asyncio.to_thread(server.wait, at_least={"in_flight": 8})
+            await asyncio.to_thread(server.configure, latency_s=0.005)
             return asked
 
         texts = [future.result(20) for future in asyncio.run(home())]
@@ -73,7 +74,6 @@ def test_async_guests_of_a_home_that_dies_mid_call_get_answers(server, stack, gu
     gc.collect()
     assert (own_threads(), sockets()) == ([], before)
     assert caplog.records == []  # asyncio logs tasks that are destroyed and exceptions that nobody retrieves
-    server.configure(latency_s=0.005)
 
 
 def test_async_guests_of_a_loop_that_is_closed_without_any_clean_up_get_answers():

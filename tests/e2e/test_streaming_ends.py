@@ -162,7 +162,7 @@ async def test_a_reader_who_leaves_frees_everything_and_the_server(stream_server
 
 
 async def test_a_silent_stream_ends_by_the_time_out_between_chunks(stream_server, books):
-    async with stream_server() as server, asking(server, between_chunks=0.05) as (engine, ask):
+    async with stream_server() as server, asking(server, between_chunks=0.3) as (engine, ask):
         with pytest.raises(StreamInterrupted, match="between_chunks") as caught:
             await read(await ask("stall"))
         assert isinstance(caught.value.__cause__, UpstreamTimeout)
@@ -175,12 +175,15 @@ async def test_a_silent_stream_ends_by_the_time_out_between_chunks(stream_server
 
 async def test_a_deadline_within_the_body_ends_it(stream_server, books):
     async with stream_server() as server, asking(server) as (engine, ask):
-        with llmmw.using(deadline=0.2):
-            chunks = await ask("stall")
-        with pytest.raises(DeadlineExceeded):
-            await read(chunks)
+        for seconds in (0.2, 2, 15):
+            with pytest.raises(DeadlineExceeded), llmmw.using(deadline=seconds):
+                chunks = None
+                chunks = await ask("stall")
+                await read(chunks)
+            if chunks is not None:
+                break  # else the machine was too busy to get as far as the body
         stats = await books.settled(engine)
-        assert stats["errors"] == 1
+        assert stats["errors"] == stats["request_count"]
         async with asyncio.timeout(10):
             await server.gone.wait()
 

@@ -36,7 +36,7 @@ def stack():
         Retry(attempts=2, backoff=0.001),
         CircuitBreaker(consecutive=10_000, min_calls=10_000),
         RateLimiter(tpm=10_000_000, concurrency=16),
-        Timeout(20, between_chunks=0.02),
+        Timeout(20, between_chunks=0.2),
     )
 
 
@@ -76,7 +76,7 @@ async def test_a_storm_of_streams_leaves_nothing_behind(stream_server, books, se
     rng, ends = random.Random(seed), Counter()
     async with stream_server() as server, Client(f"{server.origin}/v1", stack=stack(), model="m") as client:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for _ in range(STREAMS // 50):
                 tasks = [asyncio.ensure_future(one(client, rng, server, ends)) for _ in range(50)]
                 for task in rng.sample(tasks, 8):

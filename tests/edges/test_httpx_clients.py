@@ -13,6 +13,7 @@ import pytest
 
 import llmmw
 from llmmw import Coalescer, Retry, Stack, TTLCache
+from llmmw.call import Item
 from llmmw.errors import (
     CircuitOpen,
     ConfigError,
@@ -310,3 +311,52 @@ async def test_hooks_headers_and_cookies_of_the_client_work(connect):
         assert client.cookies["c"] == "1"
     assert seen == [200]
     assert ("x-own", "1") in upstream.calls[0].native.headers
+
+
+def test_wrong_endpoints_and_options_are_named(lib):
+    make = getattr(llmmw, f"{lib.__name__}_client")
+    with pytest.raises(ConfigError, match="expected an Endpoint"):
+        make(Stack(), endpoint="http://fake.test/v1")
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'retries'"):
+        make(Stack(), retries=3)
+
+
+def test_plain_code_gets_refusals_and_lost_calls_as_the_library_tells_them(lib, connect_sync):
+    with connect_sync(FakeUpstream([RateLimited("no", retry_after_s=3), ConnectionFailed("refused")])) as client:
+        assert client.post(URL, json=asking()).status_code == 429
+        with pytest.raises(lib.ConnectError, match="refused"):
+            client.post(URL, json=asking())
+
+
+async def test_a_stream_of_values_is_no_http_stream(connect):
+    async with connect(FakeUpstream([Reply(chunks=ScriptedChunks([Item(3)]))])) as client:
+        with pytest.raises(TypeError, match="carries bytes"):
+            await client.post(URL, json=asking(stream=True))
+
+
+@pytest.mark.parametrize("later", [StreamInterrupted("broke after the end"), 100])
+async def test_what_comes_after_the_terminator_is_nobody_s_business(connect, monkeypatch, later):
+    monkeypatch.setattr("llmmw.edges.transport._DRAIN_S", 0.01)
+    chunks = chat_chunks("one")
+    rest = [later] if isinstance(later, Exception) else []
+    stream = ScriptedChunks([*chunks, *rest])
+    if not rest:
+        stream = Lingering(chunks)
+    async with connect(FakeUpstream([Reply(chunks=stream)])) as client:
+        async with client.stream("POST", URL, json=asking(stream=True)) as reply:
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    break
+        assert client.get_performance_stats()["in_flight"] == 0
+    assert stream.closed
+
+
+class Lingering(ScriptedChunks):
+    """Says nothing after its last chunk, and does not end."""
+
+    async def __anext__(self):
+        try:
+            return await super().__anext__()
+        except StopAsyncIteration:
+            await asyncio.Event().wait()
+            raise

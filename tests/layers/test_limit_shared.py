@@ -334,3 +334,82 @@ async def test_limit_11_a_forked_child_is_another_member_and_owes_nothing(clock,
     assert leases.members == 3
     monkeypatch.undo()
     await world.close()
+
+
+def leases_of(limiter):
+    (gate,) = limiter._gates.values()
+    return gate.allowance.leases
+
+
+@pytest.mark.parametrize("cost", [10, 900])
+@manual_time
+async def test_limit_11_without_the_counter_what_a_call_really_cost_counts_too(clock, cost):
+    world = World(
+        clock,
+        processes=1,
+        rpm=None,
+        tpm=1000,
+        answer=lambda call: Reply(data=b"{}", usage=Usage(cost, 0, reported=True)),
+    )
+    (limiter,) = world.limiters
+    world.counter.dead = True
+    large = chat_call("x" * 800, max_tokens=5)
+    await limiter(large)  # about 200 of this process's part, a quarter of 1000
+    began = clock.monotonic()
+    await limiter(large)
+    assert (clock.monotonic() - began < 2) is (cost == 10)
+    await world.close()
+
+
+@manual_time
+async def test_limit_11_a_lease_that_is_too_small_or_too_old_is_given_back(clock):
+    world = World(clock, processes=1, rpm=None, tpm=1000)
+    leases = None
+
+    async def lease(amount):
+        while leases.opens_at((amount,), clock.monotonic()) > clock.monotonic():
+            await asyncio.sleep(0.01)
+
+    (limiter,) = world.limiters
+    await limiter(chat_call(max_tokens=5))
+    leases = leases_of(limiter)
+    await asyncio.sleep(70)
+    await lease(300)
+    await lease(700)  # 300 and 700 would be the whole; the small one comes back first
+    assert leases._lease.amounts == (700,)
+    await asyncio.sleep(5)  # nobody came for it
+    await lease(900)
+    assert leases._lease.amounts == (900,)
+    await world.close()
+    assert not leases._changes
+
+
+@manual_time
+async def test_limit_11_what_comes_back_in_the_moment_of_leaving_is_told_all_the_same(clock):
+    world = World(clock, processes=1, rpm=None, tpm=1000, counter=Counter(clock, latency_s=0.2))
+    (limiter,) = world.limiters
+    await limiter(chat_call(max_tokens=5))
+    leases = leases_of(limiter)
+    await asyncio.sleep(5)
+    leases._begin(None, leaving=True)
+    await asyncio.sleep(0.1)
+    leases.report(clock.monotonic(), (-3,))
+    await asyncio.sleep(10)
+    assert not leases._changes
+    await world.close()
+
+
+@manual_time
+async def test_limit_11_lowering_the_limit_asks_the_counter_at_once(clock):
+    world = World(clock, processes=1, rpm=6)
+    (limiter,) = world.limiters
+    await limiter(chat_call())
+    world.crowd(1)
+    await asyncio.sleep(0.1)
+    assert not world.tasks[0].done()
+    limiter.reconfigure(rpm=600)
+    await asyncio.sleep(1)
+    assert world.tasks[0].done()
+    leases_of(limiter).configure((600,), 50, 60.0)  # the same again changes nothing
+    await limiter(chat_call())
+    await world.close()

@@ -222,3 +222,56 @@ def test_a_new_loop_and_a_forked_child_go_on(tmp_path):
         if thread.name == "llmmw-counter":
             thread.join(30)
             assert not thread.is_alive()
+
+
+async def test_a_file_that_was_replaced_is_noticed_and_the_new_one_is_used(tmp_path):
+    store = FileCounter(str(tmp_path / "d"), 5.0)
+    assert (await store.update(b"b", add))[0] == 1
+    for path in (tmp_path / "d").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        await store.update(b"b", add)
+    other = FileCounter(str(tmp_path / "d"), 5.0)
+    assert (await other.update(b"b", add))[0] == 1
+    assert (await store.update(b"b", add))[0] == 2
+    await store.aclose()
+    await other.aclose()
+
+
+async def test_a_change_that_fails_leaves_the_state_as_it_was(tmp_path):
+    store = FileCounter(str(tmp_path / "d"), 5.0)
+    await store.update(b"b", add)
+    with pytest.raises(ZeroDivisionError):
+        await store.update(b"b", lambda old, now: 1 // 0)
+    assert (await store.update(b"b", add))[0] == 2
+    await store.aclose()
+
+
+async def test_after_a_fork_thread_and_handle_are_the_child_s_own(tmp_path, monkeypatch):
+    parent = FileCounter(str(tmp_path / "d"), 5.0)
+    await parent.update(b"b", add)
+    thread, database = parent._thread, parent._database
+    monkeypatch.setattr("os.getpid", lambda: 4321)
+    assert (await parent.update(b"b", add))[0] == 2
+    assert parent._thread is not thread
+    assert parent._database is not database
+    await parent.aclose()
+    thread.stop()
+    database.close()
+
+
+async def test_an_update_that_nobody_waits_for_any_more_is_harmless(tmp_path):
+    store = FileCounter(str(tmp_path / "d"), 5.0)
+    going_on = threading.Event()
+
+    def slowly(old, now):
+        going_on.wait(30)
+        return add(old, now)
+
+    waiting = asyncio.ensure_future(store.update(b"b", slowly))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    going_on.set()
+    assert (await store.update(b"b", add))[0] == 2
+    await store.aclose()
