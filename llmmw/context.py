@@ -115,15 +115,18 @@ class Urgency:
     subscribes, to move it up.
     """
 
-    __slots__ = ("_listeners", "deadline", "priority")
+    __slots__ = ("_listeners", "_watchers", "deadline", "priority")
 
     def __init__(self, priority: int = 0, deadline: float | None = None) -> None:
         self.priority = priority
         self.deadline = deadline
         self._listeners: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], object]] = []
 
     def join(self, context: Context) -> None:
         """Somebody with this context waits too; listeners are told if that changes anything."""
+        for watcher in list(self._watchers):
+            watcher()
         priority = min(self.priority, context.priority)
         deadline = self.deadline
         if deadline is not None:
@@ -136,13 +139,21 @@ class Urgency:
 
     def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
         """Call `listener` after every change, on the home loop; the result ends that and may be called twice."""
-        self._listeners.append(listener)
+        return _added(self._listeners, listener)
 
-        def unsubscribe() -> None:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
-
-        return unsubscribe
+    def watch(self, watcher: Callable[[], object]) -> Callable[[], None]:
+        """Call `watcher` whenever somebody joins, in the context of who does; else as `subscribe`."""
+        return _added(self._watchers, watcher)
 
     def __repr__(self) -> str:
         return f"Urgency(priority={self.priority}, deadline={self.deadline})"
+
+
+def _added(told: list[Callable[[], object]], one: Callable[[], object]) -> Callable[[], None]:
+    told.append(one)
+
+    def remove() -> None:
+        if one in told:
+            told.remove(one)
+
+    return remove

@@ -214,7 +214,7 @@ def several(option: str, found: Iterable[T], what: str) -> Iterable[T]:
         ConfigError: it is a single item, which can often be iterated over too.
     """
     given: object = found
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        kind = type(given).__name__  # pyright: ignore[reportUnknownArgumentType] — a caller's mistake
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance] — a caller's mistake
+        kind = type(given).__name__  # pyright: ignore[reportUnknownArgumentType] — as above
         raise ConfigError(f"{option}: expected a list of {what}, not {kind}")
     return found

@@ -11,6 +11,7 @@ from llmmw.endpoints.running import as_part_of, runs_inside
 from llmmw.errors import QueueFull
 from llmmw.events import RefusedEarly
 from llmmw.layers.base import Bound, Positioned
+from llmmw.layers.entrance import Entrance
 from llmmw.layers.gather import GO, Gathering, closed_error
 from llmmw.order import Role
 from llmmw.settings import choice, positive_seconds, settings, whole
@@ -38,8 +39,8 @@ class Batcher(Positioned):
         flush_interval: longest wait for batch mates.
         max_bytes: prompts of a group together, in bytes of JSON; one above it goes alone. None: no limit.
         max_tokens: likewise in estimated tokens, prompts and permitted output.
-        max_queue: calls taken in and not yet answered. One made from inside another does not count: the other waits
-            for it, and might wait for ever.
+        max_queue: calls taken in and not yet answered. One made from inside another needs no room: the other waits for
+            it, and might wait for ever.
         when_full: "wait" for room, or "refuse" with QueueFull.
         joint: "auto" sends joint requests where the endpoint takes them, "off" never.
         barrier: calls with a step (`using(step=)`) wait until so many agents of it have asked, or `tick()`, or the
@@ -99,7 +100,7 @@ class BoundBatcher(Bound):
             self._ask,
             self.env,
             limits,
-            max_calls=options.max_queue,
+            Entrance(options.max_queue, lambda: runs_inside((self,))),
             barrier=options.barrier,
             joint_ops=self._joint_ops,
             group_size=self._group_size,
@@ -112,8 +113,6 @@ class BoundBatcher(Bound):
             QueueFull: too many unanswered calls, and `when_full="refuse"`.
             Closed: the engine was closed before the call was sent.
         """
-        if runs_inside((self,)):
-            return await self._answer(self._gathering, call)
         gathering = self._gathering
         entrance = gathering.entrance
         if entrance.full and self._options.when_full == "refuse":
@@ -121,15 +120,12 @@ class BoundBatcher(Bound):
             raise QueueFull(f"Batcher(max_queue={self._options.max_queue}): so many calls are unanswered")
         await entrance.enter(call)
         try:
-            return await self._answer(gathering, call)
+            if self._closed or (self._draining and not self._options.drain):
+                raise closed_error()
+            group = None if self._draining else grouping(call)
+            return await self._ask(call) if group is None else await self._wait(gathering, call, group)
         finally:
             entrance.leave()
-
-    async def _answer(self, gathering: Gathering, call: Call) -> Reply:
-        if self._closed or (self._draining and not self._options.drain):
-            raise closed_error()
-        group = None if self._draining else grouping(call)
-        return await self._ask(call) if group is None else await self._wait(gathering, call, group)
 
     async def _ask(self, call: Call) -> Reply:
         return await as_part_of(self, self.inner(call))

@@ -16,10 +16,12 @@ class Entrance:
 
     Args:
         capacity: calls inside at a time.
+        is_inside: whether the running code is part of a call inside; what that waits for may not wait for room.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, is_inside: Callable[[], bool]) -> None:
         self._capacity = capacity
+        self._is_inside = is_inside
         self._outside: dict[asyncio.Future[None], Call] = {}
         self._is_open = False
         self.inside = 0
@@ -27,7 +29,8 @@ class Entrance:
     @property
     def full(self) -> bool:
         """Whether a newcomer would have to wait."""
-        return not self._is_open and (self.inside >= self._capacity or bool(self._outside))
+        crowded = self.inside >= self._capacity or bool(self._outside)
+        return crowded and not self._is_open and not self._is_inside()
 
     async def enter(self, call: Call) -> None:
         """Go in, after waiting for room; every `enter` that returns needs one `leave`."""
@@ -36,6 +39,12 @@ class Entrance:
             return
         gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outside[gate] = call
+
+        def joined() -> None:
+            if self._is_inside():
+                self._admit(gate)
+
+        end = None if call.urgency is None else call.urgency.watch(joined)
         try:
             await gate
         except asyncio.CancelledError:
@@ -44,6 +53,9 @@ class Entrance:
             else:
                 self._outside.pop(gate, None)
             raise
+        finally:
+            if end is not None:
+                end()
 
     def leave(self) -> None:
         """Go out; the first who waits comes in."""
@@ -68,8 +80,10 @@ class Entrance:
 
     def _let_in(self) -> None:
         while self._outside and (self._is_open or self.inside < self._capacity):
-            gate = next(iter(self._outside))
-            del self._outside[gate]
-            if not gate.done():
-                self.inside += 1
-                gate.set_result(None)
+            self._admit(next(iter(self._outside)))
+
+    def _admit(self, gate: asyncio.Future[None]) -> None:
+        self._outside.pop(gate, None)
+        if not gate.done():
+            self.inside += 1
+            gate.set_result(None)

@@ -12,7 +12,6 @@ from llmmw.algo.batchmates import weight
 from llmmw.algo.batchplan import Plan, when_due
 from llmmw.errors import Closed
 from llmmw.events import BatchFlushed
-from llmmw.layers.entrance import Entrance
 from llmmw.layers.exchange import Exchange, Item, Search
 from llmmw.stream.copies import own_error
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from llmmw.algo.batchplan import Flush, GroupSize, Limits
     from llmmw.call import Call, Handler
     from llmmw.env import Env
+    from llmmw.layers.entrance import Entrance
 
 _MAX_STEPS = 64
 _TICK_S = 0.001
@@ -45,7 +45,7 @@ class Gathering:
         inner: the handler below the batcher.
         env: clock and event sinks.
         limits: when a group is full or due.
-        max_calls: calls inside at a time; the bound is kept by who uses `entrance`.
+        entrance: counts the calls inside; its bound is kept by who calls `submit`.
         barrier: how many agents make a step complete; None: steps do not matter.
         joint_ops: operations that may share a request; may shrink when the endpoint turns out not to know one.
         group_size: what was learned about the size of groups, perhaps on another loop.
@@ -56,8 +56,8 @@ class Gathering:
         inner: Handler,
         env: Env,
         limits: Limits,
+        entrance: Entrance,
         *,
-        max_calls: int,
         barrier: int | None,
         joint_ops: set[str],
         group_size: GroupSize,
@@ -81,7 +81,7 @@ class Gathering:
         """Steps whose barrier has opened, the newest last: what they ask later (again, perhaps) waits for nobody."""
         self._strangers = itertools.count()
         self._closed = False
-        self.entrance = Entrance(max_calls)
+        self.entrance = entrance
 
     # ── one item ────────────────────────────────────────────────────────────────────────────────────────────────
 

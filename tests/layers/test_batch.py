@@ -1182,7 +1182,7 @@ async def test_random_cancellation_leaves_nothing_behind(clock: ManualClock) -> 
 @manual_time
 async def test_entrance_survives_cancellation_at_any_moment(clock: ManualClock) -> None:
     del clock
-    entrance = Entrance(1)
+    entrance = Entrance(1, lambda: False)
     await entrance.enter(chat_call())
     waiting = [asyncio.ensure_future(entrance.enter(chat_call())) for _ in range(3)]
     await asyncio.sleep(0)

@@ -9,7 +9,7 @@ import pytest
 
 from llmmw import errors
 from llmmw.env import Env
-from llmmw.layers.batch import Batcher
+from llmmw.layers.batch import Batcher, BoundBatcher
 from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
 from llmmw.stack import Stack
@@ -103,3 +103,30 @@ async def test_what_a_call_left_running_needs_room_again(clock: ManualClock) -> 
         await left[0]
     assert await busy == 2
     await ask.engine.aclose()
+
+
+@tiny
+def test_batch_08_joining_who_waits_outside_takes_it_in(batcher: Batcher) -> None:
+    @manual_time
+    async def go(clock: ManualClock) -> None:
+        async def work(name: str) -> str:
+            await asyncio.sleep(1)
+            if name == "outer":
+                return await ask("shared")
+            return name
+
+        ask = Stack(Coalescer(), batcher).wrap(work, env=Env(clock=clock, seed=1))
+        outer = asyncio.create_task(ask("outer"))
+        await asyncio.sleep(0.1)
+        others = [asyncio.create_task(ask(name)) for name in ("first", "shared")]
+        assert await outer == "shared"
+        outcomes = await asyncio.gather(*others, return_exceptions=True)
+        refused = batcher.when_full == "refuse"
+        assert [isinstance(outcome, errors.QueueFull) for outcome in outcomes] == [refused] * 2
+        (bound,) = [bound for role, bound in ask.engine._bounds if role == "batch"]
+        assert bound.gauges() == {"waiting": 0, "active": 0, "joint": False}
+        assert isinstance(bound, BoundBatcher)
+        assert bound._gathering.entrance.inside == 0
+        await ask.engine.aclose()
+
+    go()
