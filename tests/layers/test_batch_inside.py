@@ -105,28 +105,17 @@ async def test_what_a_call_left_running_needs_room_again(clock: ManualClock) -> 
     await ask.engine.aclose()
 
 
-@tiny
-def test_batch_08_joining_who_waits_outside_takes_it_in(batcher: Batcher) -> None:
-    @manual_time
-    async def go(clock: ManualClock) -> None:
-        async def work(name: str) -> str:
-            await asyncio.sleep(1)
-            if name == "outer":
-                return await ask("shared")
-            return name
-
-        ask = Stack(Coalescer(), batcher).wrap(work, env=Env(clock=clock, seed=1))
-        outer = asyncio.create_task(ask("outer"))
-        await asyncio.sleep(0.1)
-        others = [asyncio.create_task(ask(name)) for name in ("first", "shared")]
-        assert await outer == "shared"
-        outcomes = await asyncio.gather(*others, return_exceptions=True)
-        refused = batcher.when_full == "refuse"
-        assert [isinstance(outcome, errors.QueueFull) for outcome in outcomes] == [refused] * 2
-        (bound,) = [bound for role, bound in ask.engine._bounds if role == "batch"]
-        assert bound.gauges() == {"waiting": 0, "active": 0, "joint": False}
-        assert isinstance(bound, BoundBatcher)
-        assert bound._gathering.entrance.inside == 0
-        await ask.engine.aclose()
-
-    go()
+@manual_time
+async def test_batch_08_who_waits_outside_comes_in_when_a_call_inside_joins_it(clock: ManualClock) -> None:
+    upstream = Asking(latency_s=1)
+    engine = upstream.engine = Stack(Coalescer(), Batcher(max_queue=1)).bind(upstream, env=Env(clock=clock, seed=1))
+    busy = asyncio.create_task(engine.call(chat_call("0", model="other")))
+    await asyncio.sleep(0.5)
+    outer = asyncio.create_task(engine.call(chat_call("1", temperature=0)))
+    await asyncio.sleep(0.1)
+    others = [asyncio.create_task(engine.call(chat_call("0", temperature=0, model=name))) for name in ("third", "m")]
+    assert all(reply.ok for reply in await asyncio.gather(busy, outer, *others))
+    assert [call.model for call in upstream.calls] == ["other", "m", "m", "third"]
+    (gathering,) = [bound._gathering for _, bound in engine._bounds if isinstance(bound, BoundBatcher)]
+    assert gathering.entrance.inside == 0
+    await engine.aclose()
