@@ -8,7 +8,18 @@ import sys
 
 import pytest
 
-from llmmw import Client, ConfigError, Outcome, ProtocolError, Stack, StatusError, SyncClient, using
+from llmmw import (
+    Batcher,
+    Client,
+    ConfigError,
+    Outcome,
+    ProtocolError,
+    Stack,
+    StatusError,
+    SyncClient,
+    TTLCache,
+    using,
+)
 from llmmw.testing.server import FaultRule, Match, ServerConfig, server_process
 
 MODEL = "llmmw-embedded"
@@ -187,6 +198,42 @@ def test_the_sync_client_does_the_same_in_plain_code(server):
         stream.close()
         stats = client.get_performance_stats()
     assert stats["cancelled"] == 1
+
+
+@pytest.mark.parametrize("forget", ["request", "tag", "tenant", "own"])
+async def test_what_is_forgotten_is_asked_again(server, forget):
+    async with Client(server.base_url, stack=Stack(TTLCache(300)), model="other", tenant="we") as client:
+        asked = {"messages": HELLO, "temperature": 0, "model": MODEL}
+        with using(tags="mine"):
+            for _ in range(2):
+                assert (await client.map([asked]))[0].ok
+        assert len(server.stats()["requests"]) == 1
+        gone = {
+            "request": lambda: client.invalidate(**asked),
+            "tag": lambda: client.invalidate_tag("mine"),
+            "tenant": lambda: client.invalidate_tenant("we"),
+            "own": client.invalidate_tenant,
+        }
+        assert gone[forget]() == 1
+        assert (await client.map([asked]))[0].ok
+        assert len(server.stats()["requests"]) == 2
+
+
+async def test_a_tick_ends_a_step(server):
+    async with Client(server.base_url, stack=Stack(Batcher(barrier=3, flush_interval=3600)), model=MODEL) as client:
+        with using(step=1):
+            waiting = [asyncio.create_task(client.chat(HELLO, max_tokens=2)) for _ in range(2)]
+            while client.get_performance_stats()["layers"]["batch"]["waiting"] < 2:
+                await asyncio.sleep(0)
+            client.tick()
+            assert all(reply.ok for reply in await asyncio.gather(*waiting))
+
+
+def test_plain_code_streams_a_completion_and_cancels_nothing(server, tmp_path):
+    with SyncClient(server.base_url, stack=Stack()) as client:
+        assert "".join(client.stream(prompt="x", model=MODEL, max_tokens=3, temperature=0))
+        assert client.cancel_offline(tmp_path / "none") == 0
+        assert server.base_url in repr(client)
 
 
 def test_one_client_over_five_asyncio_runs(server):

@@ -9,8 +9,11 @@ import pytest
 
 from llmmw import errors
 from llmmw.call import Context, Reply
+from llmmw.layers.cache import TTLCache
 from llmmw.offline import OfflineBatch
 from llmmw.offline.run import cancel, run
+from llmmw.offline.shelf import Shelf
+from llmmw.stack import Stack
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import chat_call, error_reply
 
@@ -163,3 +166,68 @@ def test_cancelling_leaves_out_batches_that_are_gone(desk, world, status):
                     await cancel(engine, mine.world, mine.options)
 
     go()
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_hundreds_of_answers_are_kept_and_recalled(desk, world, api):
+    @manual_time
+    async def go(clock):
+        mine = desk(clock, world(), api=api, stack=Stack(TTLCache(3600)))
+        prompts = [f"question {number}" for number in range(450)]
+        async with mine.engine() as engine:
+            calls = [chat_call(prompt, model="llmmw-embedded", max_tokens=1000, temperature=0) for prompt in prompts]
+            first = await run(engine, mine.world, mine.options, calls, None)
+            asked = len(mine.world.bodies)
+            again = await run(engine, mine.world, mine.options, calls, None)
+        assert [outcome.text for outcome in again] == [outcome.text for outcome in first]
+        assert {outcome.reply.source for outcome in again} == {"cache"}
+        assert len(mine.world.bodies) == asked
+
+    go()
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_batch_11_refusal_after_an_unknown_outcome_leaves_a_manifest_to_look_for(desk, world, api):
+    @manual_time
+    async def go(clock):
+        mine = desk(clock, world(), api=api, settle=5)
+        mine.world.before[SUBMIT[api]] = [errors.AmbiguousOutcome("lost"), error_reply(400)]
+        outcomes = await mine.run("a", "b")
+        assert [type(outcome.error) for outcome in outcomes] == [errors.StatusError] * 2
+        assert len(stored(mine)) == 1
+
+    go()
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_batch_11_closing_in_the_middle_of_a_submission_leaves_a_manifest_to_look_for(desk, world, api):
+    @manual_time
+    async def go(clock):
+        mine = desk(clock, world(), api=api)
+        mine.world.after[SUBMIT[api]] = [errors.Closed("closed")]
+        outcomes = await mine.run("a", "b")
+        assert [type(outcome.error) for outcome in outcomes] == [errors.Closed] * 2
+        assert len(stored(mine)) == 1
+        assert all(outcome.ok for outcome in await mine.run("a", "b"))
+        assert len(mine.world.batches) == 1
+
+    go()
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_manifest_that_cannot_be_written_stops_the_submission(desk, world, api, monkeypatch):
+    @manual_time
+    async def go(clock):
+        mine = desk(clock, world(), api=api)
+        with monkeypatch.context() as full:
+            full.setattr(Shelf, "save", no_space)
+            with pytest.raises(errors.ConfigError, match="no space"):
+                await mine.run("a")
+        assert not mine.world.bodies
+        assert all(outcome.ok for outcome in await mine.run("a"))
+
+    go()
+
+
+def no_space(_shelf, _manifest):
+    raise errors.ConfigError("no space")
