@@ -113,6 +113,14 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
+def concluded(results: Sequence[object], broken: Sequence[str], progress: Progress, path: Path | None) -> int:
+    """Tell how many budgets are broken, and write the figures if asked to; the exit status."""
+    print(f"\n{len(broken)} budgets broken, {progress.took_s:.1f} s, load {os.getloadavg()[0]:.1f}")
+    if path is not None:
+        write_json(path, {"machine": machine(), "results": results, "broken": broken})
+    return 1 if broken else 0
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, section by section."""
     floors = floors_of(rows)

@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import os
 import socket
 import sys
 import time
@@ -33,7 +32,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Progress, machine, write_json
+from measure import Progress, concluded
 
 from llmmw import Client, Retry, Stack
 from llmmw.testing.server import FaultRule, Match, ServerConfig, server_process
@@ -258,11 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(asyncio.run(work(outage, client, base_url, calls)))
     print(table(results))
     broken = [f"{result.outage.name}, {result.client}: {text}" for result in results for text in result.broken()]
-    print(f"\n{len(broken)} budgets broken, {progress.took_s:.1f} s, load {os.getloadavg()[0]:.1f}")
-    if options.json is not None:
-        found = {"machine": machine(), "results": [result.as_json() for result in results], "broken": broken}
-        write_json(options.json, found)
-    return 1 if broken else 0
+    return concluded([result.as_json() for result in results], broken, progress, options.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Progress, machine, write_json
+from measure import Progress, concluded
 
 from llmmw import Client, Coalescer, RateLimiter, Stack, TTLCache
 from llmmw.testing.server import ServerConfig, server_process
@@ -255,11 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(middle([measure(storm, client, server) for _ in range(repeats)]))
     print(table(results))
     broken = [f"{result.storm.name}: {text}" for result in results for text in result.broken()]
-    print(f"\n{len(broken)} budgets broken, {progress.took_s:.1f} s, load {os.getloadavg()[0]:.1f}")
-    if options.json is not None:
-        found = {"machine": machine(), "results": [result.as_json() for result in results], "broken": broken}
-        write_json(options.json, found)
-    return 1 if broken else 0
+    return concluded([result.as_json() for result in results], broken, progress, options.json)
 
 
 if __name__ == "__main__":
