@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import msgspec
@@ -18,9 +19,7 @@ from llmmw import (
     SyncClient,
     TTLCache,
     UpstreamTimeout,
-    using,
 )
-from llmmw.errors import DeadlineExceeded
 from llmmw.testing.server import FaultRule, Match, ServerConfig, server_process
 
 MODEL = "llmmw-embedded"
@@ -86,9 +85,11 @@ async def test_a_wait_that_is_given_up_goes_on_later_and_may_be_cancelled(server
     server.configure(offline_looks=10**6)
     where = offline(tmp_path, api)
     async with Client(server.base_url, KEY, stack=Stack(), model=MODEL) as client:
-        with using(deadline=0.2):
-            outcomes = await client.map([{"messages": "a"}, {"messages": "b"}], max_tokens=5, offline=where)
-        assert [type(outcome.error) for outcome in outcomes] == [DeadlineExceeded] * 2
+        waiting = asyncio.create_task(client.map([{"messages": "a"}, {"messages": "b"}], max_tokens=5, offline=where))
+        await asyncio.to_thread(server.wait, at_least={f"by_route.{PATHS[api]}/look": 1}, timeout_s=30)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
         assert await client.cancel_offline(where) == 1
         outcomes = await client.map([{"messages": "a"}, {"messages": "b"}], max_tokens=5, offline=where)
     assert [type(outcome.error) for outcome in outcomes] == [type(None), Closed]
