@@ -42,7 +42,9 @@ class Batcher(Positioned):
         max_queue: calls taken in and not yet answered. One made from inside another needs no room: the other waits for
             it, and might wait for ever.
         when_full: "wait" for room, or "refuse" with QueueFull.
-        joint: "auto" sends joint requests where the endpoint takes them, "off" never.
+        joint: "auto" sends joint requests where the endpoint says that it takes them (one of your own, by its
+            `capabilities`), "on" also to any other until it refuses the path (vLLM: /chat/completions/batch, and a list
+            of prompts), "off" never.
         barrier: calls with a step (`using(step=)`) wait until so many agents of it have asked, or `tick()`, or the
             interval; also at an idle endpoint. What a step asks after that waits no longer than any other call. Only
             calls that come as far as the batcher of one endpoint count: where agents may be answered by a cache, by
@@ -71,7 +73,7 @@ class Batcher(Positioned):
             if value is not None or name in {"max_size", "max_queue"}:
                 whole(f"Batcher({name}=)", value)
         choice("Batcher(when_full=)", self.when_full, ("wait", "refuse"))
-        choice("Batcher(joint=)", self.joint, ("auto", "off"))
+        choice("Batcher(joint=)", self.joint, ("auto", "on", "off"))
 
     def bind(self, inner: Handler, env: Env) -> BoundBatcher:
         """Running state: what waits and what is under way."""
@@ -84,9 +86,8 @@ class BoundBatcher(Bound):
     def __init__(self, inner: Handler, env: Env, options: Batcher) -> None:
         super().__init__(inner, env)
         self._options = options
-        self._joint_ops = {
-            op for op in ("chat", "complete") if f"batch:{op}" in env.capabilities and options.joint == "auto"
-        }
+        taken = [op for op in ("chat", "complete") if options.joint == "on" or f"batch:{op}" in env.capabilities]
+        self._joint_ops = set(() if options.joint == "off" else taken)
         self._group_size = GroupSize(options.max_size)
         self._gathering = self._begin()
         self._draining = self._closed = False

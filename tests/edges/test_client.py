@@ -229,6 +229,26 @@ async def test_a_tick_ends_a_step(server):
             assert all(reply.ok for reply in await asyncio.gather(*waiting))
 
 
+@pytest.mark.parametrize("field", ["prompts", "messages"])
+@pytest.mark.parametrize("known", [True, False])
+async def test_joint_requests_give_everybody_the_answer_of_a_single_call(server, field, known):
+    items = [f"question {number}" for number in range(12)]
+    fields = {field: items, "max_tokens": 5, "temperature": 0}
+    async with Client(server.base_url, stack=Stack(), model=MODEL) as client:
+        singly = await client.generate_batch(**fields)
+    alone = len(server.stats()["requests"])
+    assert alone == 12
+    if not known:
+        server.add_fault(FaultRule(kind="status", status=404, match=Match(route="/v1/chat/completions/batch"), id="x"))
+    joint = Batcher(joint="on", max_size=6, flush_interval=3600)
+    async with Client(server.base_url, stack=Stack(joint), model=MODEL) as client:
+        jointly = await client.generate_batch(**fields)
+    assert [outcome.text for outcome in jointly] == [outcome.text for outcome in singly]
+    assert all(outcome.reply.usage.output_tokens > 0 for outcome in jointly)
+    asked = len(server.stats()["requests"]) - alone
+    assert asked == 2 if known or field == "prompts" else asked >= 13
+
+
 def test_plain_code_streams_a_completion_and_cancels_nothing(server, tmp_path):
     with SyncClient(server.base_url, stack=Stack()) as client:
         assert "".join(client.stream(prompt="x", model=MODEL, max_tokens=3, temperature=0))

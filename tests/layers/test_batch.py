@@ -716,6 +716,14 @@ async def test_breaker_and_budget_count_a_failed_exchange_once(clock: ManualCloc
 
 
 @manual_time
+@pytest.mark.parametrize(("joint", "expected"), [("on", [3]), ("auto", [1, 1, 1]), ("off", [1, 1, 1])])
+async def test_joint_requests_go_where_somebody_says_so(clock: ManualClock, joint: str, expected: list[int]) -> None:
+    upstream = BatchServer()
+    await asyncio.gather(*start(bound(upstream, clock, caps=frozenset(), joint=joint), "a", "b", "c"))
+    assert sizes(upstream) == expected
+
+
+@manual_time
 async def test_unknown_batch_call_is_remembered(clock: ManualClock) -> None:
     for refusal in (Reply(data=b'{"detail":"Not Found"}', status=404), error_reply(405)):
         upstream = FakeUpstream([refusal], latency_s=1)
