@@ -24,7 +24,7 @@ Source = Literal["upstream", "cache", "coalesced", "batch"]
 """Where a reply came from."""
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, weakref=True):
     """One completion call on its way to an endpoint."""
 
     op: str

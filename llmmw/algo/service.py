@@ -44,11 +44,12 @@ class ServiceTimes:
         found = self._recent(kind, now)
         if found is None:
             return False
-        quick_enough = 0
+        wanted = len(found) // 10 + 1
         for _, took_s in found:  # ends after a few where there is time, which is nearly always
-            quick_enough += took_s <= left_s
-            if quick_enough * 10 > len(found):
-                return False
+            if took_s <= left_s:
+                wanted -= 1
+                if not wanted:
+                    return False
         return True
 
     def _recent(self, kind: Kind, now: float) -> deque[tuple[float, float]] | None:

@@ -11,6 +11,7 @@ import asyncio
 from collections import OrderedDict
 from math import inf
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from llmmw.algo.due import Due
 from llmmw.algo.queue import Entry, FairQueue
@@ -57,7 +58,7 @@ class Gate:
         self._due: Due[Entry[Waiting]] = Due(_deadline_of)
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = inf
-        self._refused: OrderedDict[int, tuple[Call, float]] = OrderedDict()
+        self._refused: OrderedDict[int, tuple[ref[Call], float]] = OrderedDict()
         """Calls the server refused, and since when they waited: one that is repeated keeps its place in the queue."""
 
     # -- granting -----------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class Gate:
     def enqueue(self, waiting: Waiting, *, priority: int, flow: Flow) -> Entry[Waiting]:
         """Join the queue; the permit comes through the future."""
         before = self._refused.pop(id(waiting.call), None)
-        since = before[1] if before is not None and before[0] is waiting.call else None
+        since = before[1] if before is not None and before[0]() is waiting.call else None
         entry = self.queue.push(waiting, priority=priority, flow=flow, now=self._clock(), since=since)
         if waiting.call.deadline is not None:
             self._due.add(entry)
@@ -227,7 +228,7 @@ class Gate:
         pauses = allowance.pauses
         if not allowance.refused(permit, wait_s):
             return 0.0
-        self._refused[id(call)] = (call, permit.started)
+        self._refused[id(call)] = (ref(call), permit.started)  # no prompt is kept for a call that does not come back
         if len(self._refused) > _MAX_REMEMBERED:
             self._refused.popitem(last=False)
         until = allowance.pace.until

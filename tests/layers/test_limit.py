@@ -1,6 +1,8 @@
 """The rate limiter: permits are exact, orderly and given back."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -1038,3 +1040,16 @@ async def test_limit_14_a_lowered_limit_outlives_its_bucket_s_rest(clock):
     upstream.times.clear()
     await asyncio.gather(*(bound(chat_call(str(n))) for n in range(8)))
     assert most_in_any_window(upstream.times, 1.0) > 2
+
+
+@manual_time
+async def test_a_refused_call_that_does_not_come_back_is_not_kept(clock):
+    upstream = FakeUpstream([error_reply(429)] * 20)
+    bound = limiter(clock, upstream, concurrency=20)
+    calls = [chat_call(f"a long prompt {n}") for n in range(20)]
+    held = [weakref.ref(call) for call in calls]
+    await asyncio.gather(*(bound(call) for call in calls), return_exceptions=True)
+    calls.clear()
+    upstream.calls.clear()
+    gc.collect()
+    assert not any(one() for one in held)
