@@ -342,7 +342,7 @@ def test_an_argument_that_cannot_work_is_refused(make, option, value):
 
 
 @pytest.mark.parametrize("make", [make_client, make_sync_client, make_endpoint], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("value", URLS, ids=repr)
+@pytest.mark.parametrize("value", URLS, ids=shown)
 def test_a_base_url_that_cannot_work_is_refused_without_being_shown(make, value):
     message = refusal(make, base_url=value)
     assert "base_url" in message

@@ -130,7 +130,11 @@ async def test_a_stored_answer_keeps_value_and_type(value):
     await ask.aclose()
 
 
-@pytest.mark.parametrize("value", [(1, 2), {1: "a"}, {1, 2}, b"bytes", object(), float("nan"), "\ud800"], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [(1, 2), {1: "a"}, {1, 2}, b"bytes", object(), float("nan"), "\ud800"],
+    ids=["tuple", "int key", "set", "bytes", "object", "nan", "surrogate"],
+)
 def test_a_value_that_would_come_back_different_is_not_encoded(value):
     from llmmw.codec import Codec
 
