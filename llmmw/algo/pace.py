@@ -19,6 +19,8 @@ _PROBE_S = 0.5
 _PROBE_SHARE = 0.2
 """Without Retry-After the next try comes after half a second or a fifth of the time waited so far: finding the end
 of a window costs at most a fifth of it, and a number of calls that grows only with its logarithm."""
+_LONGEST_PROBE_S = 300.0
+"""However long it has refused: a server that is well again after a day should not stay unasked for hours."""
 _SAFETY = 0.95
 """Share of a fitted rate that is used: the fit is exact only for exact timings."""
 _BURST_SHARE = 0.8
@@ -165,7 +167,7 @@ class Pace:
             due = episode.began + self._cycle
             if due > now:
                 return due
-        return now + max(_PROBE_S, _PROBE_SHARE * (now - self._stalled))
+        return now + min(max(_PROBE_S, _PROBE_SHARE * (now - self._stalled)), _LONGEST_PROBE_S)
 
     def _is_like_the_last(self, episode: _Episode) -> bool:
         """Whether it admitted as much as the one before it, although it took another time: the mark of a window."""

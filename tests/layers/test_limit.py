@@ -1053,3 +1053,14 @@ async def test_a_refused_call_that_does_not_come_back_is_not_kept(clock):
     upstream.calls.clear()
     gc.collect()
     assert not any(one() for one in held)
+
+
+@manual_time
+async def test_a_server_that_refused_for_a_day_is_asked_again_within_minutes(clock):
+    bound = limiter(clock, FakeUpstream([error_reply(429)] * 300), concurrency=20)
+    for _ in range(300):
+        assert (await bound(chat_call())).status == 429
+    began = clock.monotonic()
+    assert began > 12 * 3600
+    assert (await bound(chat_call())).ok
+    assert clock.monotonic() - began <= 300
