@@ -193,12 +193,12 @@ class Reply(msgspec.Struct, frozen=True):
 class Filling(Protocol):
     """The cache's half of one shared call; driven by whoever makes the call, and out of sight further inside."""
 
-    async def begin(self, lease_s: float | None) -> Reply | None:
-        """Before the call is made: an answer that turned up since the caller looked, or None.
+    def look(self) -> Reply | None:
+        """Before the call is made: an answer that turned up since the caller looked, or None."""
+        ...
 
-        Args:
-            lease_s: ask the other processes on the cache directory first, under a lease of so many seconds.
-        """
+    async def claim(self, lease_s: float) -> Reply | None:
+        """Then: an answer by another process on the cache directory, or None under a lease of so many seconds."""
         ...
 
     def answered(self, reply: Reply) -> Reply:

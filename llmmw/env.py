@@ -72,12 +72,14 @@ class Env:
     but computing time, as at a local vLLM). Empty for layers above a router.
     """
 
-    __slots__ = ("_sinks", "capabilities", "clock", "observed", "rng")
+    __slots__ = ("_sinks", "capabilities", "clock", "emit", "observed", "rng")
 
     def __init__(self, *, clock: Clock | None = None, seed: int | None = None, sinks: tuple[Sink, ...] = ()) -> None:
         self.clock: Clock = clock or ambient_clock()
         self.rng: random.Random = random.Random(seed)
         self._sinks: list[Sink] = list(sinks)
+        self.emit: Callable[[Event], object] = self._tell
+        """Tell every sink. A sink that raises is a broken observer, never a broken call: it is dropped."""
         self.capabilities: frozenset[str] = frozenset()
         self.observed = bool(sinks)
         """Whether anybody but the engine's own statistics listens; what only others want is else not even built."""
@@ -86,12 +88,11 @@ class Env:
         """The same env (clock, randomness, sinks added later too) with an endpoint's capabilities."""
         if not capabilities:
             return self
-        found = Env(clock=self.clock, sinks=(self.emit,))
+        found = Env(clock=self.clock, sinks=(self._tell,))
         found.rng, found.capabilities = self.rng, capabilities
         return found
 
-    def emit(self, event: Event) -> None:
-        """Tell every sink. A sink that raises is a broken observer, never a broken call: it is dropped."""
+    def _tell(self, event: Event) -> None:
         for sink in self._sinks:
             try:
                 sink(event)
@@ -102,6 +103,7 @@ class Env:
         """Also tell this callable of every event; it must be quick and thread-safe. `own`: the engine's statistics."""
         self._sinks = [*self._sinks, sink]
         self.observed = self.observed or not own
+        self.emit = self._tell if self.observed else sink  # the engine's statistics alone never raise
 
     def __repr__(self) -> str:
         return f"Env(clock={self.clock!r}, sinks={len(self._sinks)})"

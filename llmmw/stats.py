@@ -86,8 +86,8 @@ class Stats:
         self._fold: dict[type, Callable[[Any], None]] = {
             ev.CallEnded: self._call_ended,
             ev.CacheHit: self._cache_hit,
-            ev.CacheMiss: lambda _: self._add("cache_misses"),
-            ev.CacheStored: lambda _: self._layer("cache", "stored"),
+            ev.CacheMiss: self._cache_missed,
+            ev.CacheStored: self._cache_stored,
             ev.CacheSkipped: lambda e: self._layer("cache", f"skipped: {e.reason}"),
             ev.CacheTrouble: lambda e: self._layer("cache", f"trouble: {e.kind}"),
             ev.Coalesced: lambda _: self._layer("coalesce", "joined"),
@@ -158,7 +158,13 @@ class Stats:
             counts = self._agents[agent] = dict.fromkeys(_AGENT, 0)
         counts[name] += amount
 
-    # Most calls have no agent, and every call passes through the next four: they ask before they call `_agent`.
+    # Most calls have no agent, and every call passes through the next six: they ask before they call `_agent`.
+
+    def _cache_missed(self, _: ev.CacheMiss) -> None:
+        self._n["cache_misses"] += 1
+
+    def _cache_stored(self, _: ev.CacheStored) -> None:
+        self._layers["cache"]["stored"] += 1
 
     def _call_ended(self, event: ev.CallEnded) -> None:
         counts, result = self._n, event.result

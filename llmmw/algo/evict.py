@@ -77,7 +77,8 @@ class GDSF:
         self._live -= 1
         if not self._former and len(self._heap) > 2 * self._live + _SLACK:
             self._former, self._heap = self._heap, []
-        self._move()
+        if self._former:
+            self._move()
 
     def evict(self) -> Slot | None:
         """Close the account of the item worth least; None when there is none.
@@ -117,7 +118,8 @@ class GDSF:
     def _push(self, slot: Slot) -> None:
         self._count += 1
         heapq.heappush(self._heap, (slot.worth(), self._count, slot))
-        self._move()
+        if self._former:
+            self._move()
 
     def _move(self) -> None:
         for _ in range(_STEP):

@@ -9,7 +9,7 @@ import msgspec
 from llmmw.answer import NO_USAGE, Usage, usage_of
 from llmmw.call import Item, Reply
 from llmmw.endpoints.base import counted
-from llmmw.endpoints.running import as_part_of
+from llmmw.endpoints.running import Run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -63,12 +63,14 @@ class FunctionEndpoint:
         invocation: Invocation = call.native
         if self._kind == "async generator":
             return Reply(chunks=ValueChunks(self._function(*invocation.args, **invocation.kwargs), self._codec))
-        value = await as_part_of(self, self._run(invocation))
+        with Run(self):
+            if self._kind == "async":
+                value = await self._function(*invocation.args, **invocation.kwargs)
+            else:
+                value = await self._on_thread(invocation)
         return Reply(data=self._codec.encode(value), native=value, usage=usage_in(value))
 
-    async def _run(self, invocation: Invocation) -> Any:
-        if self._kind == "async":
-            return await self._function(*invocation.args, **invocation.kwargs)
+    async def _on_thread(self, invocation: Invocation) -> Any:
         from anyio import CapacityLimiter, to_thread  # noqa: PLC0415 — only sync functions pay for anyio
 
         if self._threads is None:

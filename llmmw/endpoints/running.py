@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, Token
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -12,13 +12,23 @@ T = TypeVar("T")
 
 
 class Run:
-    """One execution of a user's function for an endpoint, or of a call below a layer."""
+    """One execution of a user's function for an endpoint, or of a call below a layer: within it, what runs is its."""
 
-    __slots__ = ("over", "owner")
+    __slots__ = ("_token", "over", "owner")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self.over = False
+        self._token: Token[tuple[Run, ...]] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _runs.set((*_runs.get(), self))
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        if self._token is not None:
+            _runs.reset(self._token)
+            self._token = None  # it holds the context, and the context this
 
 
 _runs: ContextVar[tuple[Run, ...]] = ContextVar("llmmw_runs", default=())
@@ -26,13 +36,8 @@ _runs: ContextVar[tuple[Run, ...]] = ContextVar("llmmw_runs", default=())
 
 async def as_part_of(owner: object, work: Awaitable[T]) -> T:
     """Await the work; what runs for it, and whatever that starts, is part of it as long as it lasts."""
-    run = Run(owner)
-    token = _runs.set((*_runs.get(), run))
-    try:
+    with Run(owner):
         return await work
-    finally:
-        run.over = True
-        _runs.reset(token)
 
 
 def runs_inside(owners: Iterable[object]) -> bool:

@@ -146,7 +146,7 @@ class Engine(Forgetting, Keeping, Changing):
         """One call on the home loop, counted from start to the end of its body."""
         if self._closed:
             raise closed_error()
-        env, agent, task = self.env, call.context.agent, asyncio.current_task()
+        env, agent, task = self.env, call.context.agent, asyncio.current_task(self._home.loop)
         began = env.clock.monotonic()
         number = self._calls.begin(task)
         if env.observed:

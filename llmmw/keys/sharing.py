@@ -175,7 +175,10 @@ class Sharing:
 
     def is_still(self, call: Call, draw: Draw) -> bool:
         """Whether the call is the request that it was when it was drawn."""
-        if all(type(value) in SCALARS for value in call.payload.values()):
+        for value in call.payload.values():
+            if type(value) not in SCALARS:
+                break
+        else:
             return True  # nothing in it can have changed
         try:
             return key_of(call, remote_content=self.remote_content) == draw.base

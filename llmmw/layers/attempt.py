@@ -38,16 +38,26 @@ async def make_attempt(inner: Handler, call: Call, clock: Clock) -> Reply | Exce
     """
     try:
         reply = await inner(call)
-        if reply.chunks is None or not reply.ok or isinstance(reply.chunks, Delivery):
-            return reply
-        return reply.replace(chunks=await Delivery.begin(reply.chunks, call.op, reply.endpoint))
-    except asyncio.CancelledError:
-        late = passed_deadline(call, clock)
-        if late is None:
-            raise
-        return late
-    except Exception as error:  # noqa: BLE001 — what a user's function raises is classified by the caller
+        return reply if reply.chunks is None else await begun(reply, call)
+    except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 — what a function raises is classified outside
+        return failure_of(error, call, clock)
+
+
+async def begun(reply: Reply, call: Call) -> Reply:
+    """The reply with the first token of its stream at hand; whatever prevents that is raised."""
+    if reply.chunks is None or not reply.ok or isinstance(reply.chunks, Delivery):
+        return reply
+    return reply.replace(chunks=await Delivery.begin(reply.chunks, call.op, reply.endpoint))
+
+
+def failure_of(error: asyncio.CancelledError | Exception, call: Call, clock: Clock) -> Exception:
+    """What an attempt failed of. A cancellation goes on, unless the call's deadline caused it."""
+    if not isinstance(error, asyncio.CancelledError):
         return error
+    late = passed_deadline(call, clock)
+    if late is None:
+        raise error
+    return late
 
 
 def passed_deadline(call: Call, clock: Clock) -> DeadlineExceeded | None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _MAX_CODEC_NAME_BYTES = 255
 MODES = ("on", "off", "read", "write")
 
+_MISS = CacheMiss()
+
 
 @settings
 class TTLCache(Positioned):
@@ -168,7 +170,9 @@ class BoundCache(Bound):
             return await self.inner(call)
         stale = None
         if self._reads and not self._filler.is_shut(call.namespace):
-            tier, resident = await self._find(draw)
+            tier, resident = "memory", self._store.peek(draw.key)
+            if resident is None and self._store.backing is not None:
+                tier, resident = "disk", await self._fetch(draw)
             if resident is not None:
                 state = self._filler.state_of(resident)
                 reply = self._hit(call, resident, tier, is_stale=state == "stale") if state != "expired" else None
@@ -177,7 +181,7 @@ class BoundCache(Bound):
                         self._filler.refresh(call, draw)
                     return reply
                 stale = resident
-            self.env.emit(CacheMiss())
+            self.env.emit(_MISS)
         return await self._filler.fill(call, draw, stale)
 
     def peek(self, call: Call) -> Reply | None:
@@ -200,7 +204,9 @@ class BoundCache(Bound):
         draw = self._draw(call, told=False) if self._reads and not self._filler.is_shut(call.namespace) else None
         if draw is None:
             return None
-        tier, resident = await self._find(draw)
+        tier, resident = "memory", self._store.peek(draw.key)
+        if resident is None:
+            tier, resident = "disk", await self._fetch(draw)
         if resident is not None and self._filler.state_of(resident) in {"fresh", "due"}:
             reply = self._hit(call, resident, tier)
             if reply is not None:
@@ -234,13 +240,10 @@ class BoundCache(Bound):
             self.env.emit(CacheSkipped(reason))
         return None
 
-    async def _find(self, draw: Draw) -> tuple[str, Resident | None]:
-        """What is stored, and where it was found."""
-        resident = self._store.peek(draw.key)
-        if resident is not None or self._store.backing is None:
-            return "memory", resident
+    async def _fetch(self, draw: Draw) -> Resident | None:
+        """What is stored behind memory."""
         try:
-            return "disk", await self._store.fetch(draw.key)
+            return await self._store.fetch(draw.key)
         except BaseException:  # the caller has gone
             self._sharing.give_back(draw)
             raise

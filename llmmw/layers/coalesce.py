@@ -26,7 +26,7 @@ from llmmw.stream import at_end
 from llmmw.stream.tee import Tee
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Chunks, Filling, Handler, Reply
+    from llmmw.call import Call, Chunks, Handler, Reply
     from llmmw.env import Env
     from llmmw.layers.flight import Key, Landed
     from llmmw.stores.base import Match
@@ -80,6 +80,7 @@ class BoundCoalescer(Bound):
     def __init__(self, inner: Handler, env: Env, options: Coalescer) -> None:
         super().__init__(inner, env)
         self._options = options
+        self._lease_s = cast("float | None", options.lease)
         self._table: dict[Key, Flight] = {}
         self._tasks: dict[asyncio.Task[None], Flight] = {}
         self._forsaken: list[dict[asyncio.Task[None], Flight]] = []
@@ -208,8 +209,7 @@ class BoundCoalescer(Bound):
         """Cancel a flight that nobody waits for; tells whether it did."""
         if flight.over or flight.awaited or self._options.finish_orphans:
             return False
-        flight.over = True
-        self._drop(flight)
+        self._end(flight)
         if flight.task is not None:
             flight.task.cancel()
         return True
@@ -230,9 +230,8 @@ class BoundCoalescer(Bound):
         task.add_done_callback(self._flown)
 
     async def _fly(self, flight: Flight) -> None:
-        call = flight.call
         try:
-            reply = await self._obtain(call.replace(urgency=flight.urgency, fill=None), call.fill)
+            reply = await self._obtain(flight)
             if reply.chunks is None:
                 self._land(flight, reply)
             else:
@@ -244,10 +243,13 @@ class BoundCoalescer(Bound):
                 raise
             self._land(flight, error)
 
-    async def _obtain(self, call: Call, fill: Filling | None) -> Reply:
+    async def _obtain(self, flight: Flight) -> Reply:
+        call, fill = flight.call.replace(urgency=flight.urgency, fill=None), flight.call.fill
         if fill is None:
             return await self.inner(call)
-        found = await fill.begin(cast("float | None", self._options.lease))
+        found = fill.look()
+        if found is None and self._lease_s is not None:
+            found = await fill.claim(self._lease_s)
         if found is not None:
             return found
         try:
@@ -300,9 +302,6 @@ class BoundCoalescer(Bound):
 
     def _end(self, flight: Flight) -> None:
         flight.over = True
-        self._drop(flight)
-
-    def _drop(self, flight: Flight) -> None:
         if self._table.get(flight.key) is flight:
             del self._table[flight.key]
 

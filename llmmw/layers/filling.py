@@ -42,13 +42,17 @@ class Fill:
         key, since = self._draw.key, self._since
         return self._call.replace(key=key if not since else b"%b %d" % (key, since), fill=self)
 
-    async def begin(self, lease_s: float | None) -> Reply | None:
-        """The answer, where another flight or, under a lease, another process stored it meanwhile."""
+    def look(self) -> Reply | None:
+        """The answer, where another flight stored it meanwhile."""
         if self._renews or not self._filler.reads:
             return None
-        found = self._found(self._filler.store.peek(self._draw.key), "memory")
-        if found is not None or lease_s is None:
-            return found
+        resident = self._filler.store.peek(self._draw.key)
+        return None if resident is None else self._found(resident, "memory")
+
+    async def claim(self, lease_s: float) -> Reply | None:
+        """The answer, where under a lease another process stored it meanwhile."""
+        if self._renews or not self._filler.reads:
+            return None
         leases = self._filler.leases()
         if leases is None:
             return None
@@ -79,8 +83,9 @@ class Fill:
     def answered(self, reply: Reply) -> Reply:
         """Store a whole answer, or record a stream while it is read. Called once, by whoever owns the answer."""
         self.done = True
-        kept = self._kept(reply)
-        return kept if self._lease is None else at_end(kept, lambda _: self.failed())
+        if self._lease is None:
+            return self._kept(reply)
+        return at_end(self._kept(reply), lambda _: self.failed())
 
     def _kept(self, reply: Reply) -> Reply:
         filler, call = self._filler, self._call

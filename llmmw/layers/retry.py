@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
 from llmmw.algo.backoff import Progress, Room, Rules, cost_of, decide
@@ -10,7 +11,7 @@ from llmmw.call import Attempt, Reply
 from llmmw.errors import AmbiguousTimeout, UpstreamTimeout
 from llmmw.events import RetryScheduled
 from llmmw.fault import classify
-from llmmw.layers.attempt import after, annotate, attempt_of, exchange_of, make_attempt
+from llmmw.layers.attempt import after, annotate, attempt_of, begun, exchange_of, failure_of
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.hedge import Hedger
 from llmmw.order import Role
@@ -106,11 +107,16 @@ class BoundRetry(Bound):
         outcome: Reply | Exception | None = None
         try:
             while True:
-                if self._hedger is None or attempts or not self._hedger.suits(call):
-                    outcome = await make_attempt(self.inner, call, self.env.clock)
-                else:
+                if self._hedger is not None and not attempts and self._hedger.suits(call):
                     outcome, attempts = await self._hedger.attempt(call)
                     progress = Progress(counted=len(attempts))
+                else:
+                    try:
+                        outcome = await self.inner(call)
+                        if outcome.chunks is not None:
+                            outcome = await begun(outcome, call)
+                    except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 — classified below
+                        outcome = failure_of(error, call, self.env.clock)
                 if isinstance(outcome, Reply) and outcome.ok:
                     self._budget.call_succeeded(cost)
                     return after(outcome, attempts) if attempts else outcome

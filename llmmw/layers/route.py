@@ -10,7 +10,7 @@ from llmmw.errors import AllEndpointsFailed, CircuitOpen, Closed, ConfigError, D
 from llmmw.events import FellBack
 from llmmw.fault import Fault, FaultKind, classify
 from llmmw.fault.bodies import context_limit
-from llmmw.layers.attempt import after, annotate, make_attempt
+from llmmw.layers.attempt import after, annotate, begun, failure_of, make_attempt
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.routes import Failure, Route, answer_of, history, route_to, words
 from llmmw.order import Role
@@ -149,6 +149,7 @@ class BoundRouter(Bound):
         super().__init__(routes[0].handler, env)
         self._routes = tuple(routes)
         self._rules = rules
+        self._is_sole = len(routes) == 1 and not rules.on_content_filter
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer from the first endpoint that can.
@@ -156,21 +157,37 @@ class BoundRouter(Bound):
         Raises:
             AllEndpointsFailed: several were asked and none could.
         """
+        first: Reply | Exception | None = None
+        if self._is_sole:  # only a failure needs what follows, and nearly every call comes this way
+            try:
+                first = await self.inner(call)
+                if first.chunks is None and first.endpoint and first.ok:
+                    return first
+                first = await begun(first, call)
+            except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 — judged below
+                first = failure_of(error, call, self.env.clock)
         while True:
             failures: list[Failure] = []
             try:
-                found = await self._ask_in_turn(call, failures)
+                found = await self._ask_in_turn(call, failures, first)
                 if found is not None:
                     return found
                 rest = self._until_earliest(call, failures)
                 if rest is None:
                     return self._fail(failures)
             finally:
+                first = None
                 failures.clear()  # exceptions whose tracebacks lead back to this frame
             await rest
 
-    async def _ask_in_turn(self, call: Call, failures: list[Failure]) -> Reply | None:
-        """Ask each endpoint once while its predecessors' failures allow; None if none answered."""
+    async def _ask_in_turn(self, call: Call, failures: list[Failure], first: Reply | Exception | None) -> Reply | None:
+        """Ask each endpoint once while its predecessors' failures allow; None if none answered.
+
+        Args:
+            call: as the caller made it.
+            failures: to be filled.
+            first: what the first endpoint said, where it was asked already.
+        """
         too_small, attempts = 0, tuple[Attempt, ...]()
         for index, route in enumerate(self._routes):
             if too_small and route.max_context is not None and route.max_context <= too_small:
@@ -184,7 +201,8 @@ class BoundRouter(Bound):
             addressed = self._addressed(call, index, left)
             if self._is_alone(call, index, addressed):
                 addressed = addressed.replace(alone=True)
-            outcome = await make_attempt(route.handler, addressed, self.env.clock)
+            asked = first if index == 0 else None
+            outcome = await make_attempt(route.handler, addressed, self.env.clock) if asked is None else asked
             if isinstance(outcome, Reply) and outcome.ok and not self._rules.on_content_filter:
                 return answer_of(outcome, route, attempts, fallback=index > 0)
             fault = classify(outcome, wall=self.env.clock.wall())

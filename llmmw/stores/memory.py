@@ -41,6 +41,8 @@ class MemoryStore:
 
     def __init__(self, max_bytes: int, max_entries: int) -> None:
         self._max_bytes = max_bytes
+        self.max_item_bytes = int(max_bytes * _MAX_SHARE)
+        """The largest entry it takes."""
         self._max_entries = max_entries
         self._entries: dict[bytes, Resident] = {}
         self._policy = GDSF()
@@ -56,11 +58,6 @@ class MemoryStore:
     def size(self) -> int:
         """Bytes in use."""
         return self._bytes
-
-    @property
-    def max_item_bytes(self) -> int:
-        """The largest entry it takes."""
-        return int(self._max_bytes * _MAX_SHARE)
 
     def get(self, key: bytes, now: float) -> Resident | None:
         """The entry unless its time is over; counts as asked for."""
@@ -78,12 +75,12 @@ class MemoryStore:
         for over in self._ends.over(now, _SWEEP):
             self.delete(over)
         former = self._entries.get(key)
+        if former is not None:
+            self.delete(key)
         if size > self.max_item_bytes:
             self.refused += 1
-            self.delete(key)
             return None
         hits = former.slot.hits + 1 if former is not None else 1
-        self.delete(key)
         while self._entries and (self._bytes + size > self._max_bytes or len(self._entries) >= self._max_entries):
             self._evict()
         slot = self._policy.add(key, size, entry.header.cost_s, hits=hits)

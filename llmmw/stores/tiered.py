@@ -86,7 +86,7 @@ class TieredStore:
             since: `generation` when its fill began.
             lease: under which it was got; once that is lost, the backing tier does not take it.
         """
-        if self._was_forgotten(entry, since):
+        if since != self.generation and self._was_forgotten(entry, since):
             return False
         taken = self._admit(key, entry, entry.header.ttl_s) is not None
         if self.backing is not None and len(entry.data) <= self.backing.max_item_bytes:

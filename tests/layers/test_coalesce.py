@@ -47,7 +47,7 @@ class Fill:
     def __init__(self, answered):
         self.answered = answered
 
-    async def begin(self, lease_s):
+    def look(self):
         return None
 
     def failed(self):
