@@ -139,7 +139,7 @@ class Engine(Forgetting, Keeping, Changing):
             if self.env.observed:
                 self.env.emit(CallStarted(agent))
             result, error_name = result_of(reply)
-            self._told(result, began, agent, reply.usage, error_name)
+            self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, reply.usage, error_name))
         return reply
 
     async def _serve(self, call: Call) -> Reply:
@@ -182,9 +182,6 @@ class Engine(Forgetting, Keeping, Changing):
         self, number: int, result: CallResult, began: float, agent: str | None, usage: Usage, error: str
     ) -> None:
         self._calls.end(number)
-        self._told(result, began, agent, usage, error)
-
-    def _told(self, result: CallResult, began: float, agent: str | None, usage: Usage, error: str) -> None:
         self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
 
     # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────

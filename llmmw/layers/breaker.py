@@ -97,10 +97,8 @@ class _Admitted(msgspec.Struct, frozen=True):
 _ABANDONED = Fault(FaultKind.CANCELLED)
 
 
-def _speaks(fault: Fault | None) -> Result:
-    """What an outcome says about the endpoint."""
-    if fault is None:
-        return "ok"
+def _speaks(fault: Fault) -> Result:
+    """What a failure says about the endpoint."""
     return "failed" if fault.kind in HURTS_ENDPOINT and not fault.local else "neutral"
 
 
@@ -133,7 +131,8 @@ class BoundBreaker(Bound):
                 credential.circuit.record(own_ticket, "neutral", now)
             self.env.emit(RefusedEarly("breaker", "circuit open"))
             raise self._open_error(call, line)
-        self._tell(call, line)
+        if line.circuit.state != line.told:
+            self._tell(call, line)
         admitted = _Admitted(call, line, ticket, credential, own_ticket)
         try:
             reply = await self.inner(call)
@@ -190,16 +189,17 @@ class BoundBreaker(Bound):
         now, draw = self.env.clock.monotonic(), 0.0 if fault is None else self.env.rng.random()
         call, line = admitted.call, admitted.line
         asked = None if fault is None else fault.retry_after_s
-        result = _speaks(fault)
+        result: Result = "ok" if fault is None else _speaks(fault)
         if exchange:
             # One request that failed for many calls is one failure.
             result = "neutral" if line.is_known(exchange) else result
         line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
-        if self._tell(call, line) == "open":
+        if line.circuit.state != line.told and self._tell(call, line) == "open":
             self._shed(call, line)
         if line.waiters:
             line.wake()
-        self._settle_credential(admitted, fault, outcome, now, draw)
+        if fault is not None or admitted.credential is not None:
+            self._settle_credential(admitted, fault, outcome, now, draw)
 
     def _settle_credential(
         self, admitted: _Admitted, fault: Fault | None, outcome: Reply | BaseException, now: float, draw: float

@@ -126,7 +126,7 @@ class Filler:
 
     def note_credential(self, call: Call, reply: Reply) -> None:
         """A refused credential closes its namespace to hits, a success opens it again."""
-        if self.settings.auth_check and not reply.fallback:  # which has a credential of its own
+        if not reply.fallback:  # which has a credential of its own
             if reply.status in {401, 403}:
                 self._shut.add(call.namespace)
             elif reply.ok:

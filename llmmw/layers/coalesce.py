@@ -200,7 +200,8 @@ class BoundCoalescer(Bound):
             if origin is not None:
                 origin.waits_on.remove(flight)
             flight.waiters.pop(waiter, None)
-            self._abandon(flight)
+            if not flight.over:
+                self._abandon(flight)
         if isinstance(landed, BaseException) and waiter is not flight.leader:
             landed.__traceback__ = None  # one that could not be copied must not gather everybody's
         return landed

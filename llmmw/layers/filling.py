@@ -89,7 +89,8 @@ class Fill:
 
     def _kept(self, reply: Reply) -> Reply:
         filler, call = self._filler, self._call
-        filler.note_credential(call, reply)
+        if filler.settings.auth_check:
+            filler.note_credential(call, reply)
         reason = "refused" if self._renews and not reply.ok else filler.why_not(reply)
         if reason is not None:
             if reason != "mode":

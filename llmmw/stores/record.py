@@ -102,7 +102,7 @@ def _header(call: Call, reply: Reply, making: Making, usage: Usage) -> Header:
         cost_s=making.cost_s,
         usage=usage,
         status=reply.status,
-        content_type=reply.header("content-type") or "",
+        content_type=(reply.header("content-type") or "") if reply.headers else "",
         endpoint=reply.endpoint,
     )
 
