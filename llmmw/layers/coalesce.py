@@ -95,7 +95,7 @@ class BoundCoalescer(Bound):
             Closed: the engine was closed meanwhile.
             AmbiguousOutcome: the shared call was cancelled from inside again and again.
         """
-        key = self._key(call)
+        key = (call.key, call.stream) if call.key else self._own_key(call)
         if key is None:
             return await self.inner(call)
         if self._closed:
@@ -164,9 +164,8 @@ class BoundCoalescer(Bound):
         flights = list(self._table.values())
         return {"flights": len(flights), "waiting": sum(len(flight.waiters) for flight in flights)}
 
-    def _key(self, call: Call) -> Key | None:
-        if call.key:
-            return call.key, call.stream
+    def _own_key(self, call: Call) -> Key | None:
+        """Where no cache outside has set one."""
         try:
             key = self._sharing.draw(call).key
         except Uncacheable:
