@@ -249,6 +249,21 @@ async def test_a_stream_closed_early_counts_as_cancelled_once():
     assert balanced(stats)
 
 
+async def test_a_close_does_not_wait_for_a_stream_that_was_dropped_within_a_cycle():
+    engine, _ = make_engine()
+    cycle = [await engine.call(chat_call("a b c", stream=True))]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        async with asyncio.timeout(20):  # the drain would take 30 s
+            await engine.aclose()
+    finally:
+        gc.enable()
+    stats = engine.get_performance_stats()
+    assert (stats["in_flight"], stats["cancelled"]) == (0, 1)
+
+
 async def test_an_abandoned_stream_is_released_by_the_garbage_collector():
     engine, _ = make_engine()
     async with engine:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmmw.engine.bridge import Bridged, HomeLost, LoopThread, StandsStill, outcome_of, outcome_of_sync
 from llmmw.engine.closing import closed_error, end_by_hand
+from llmmw.engine.readers import last_releases
 from llmmw.errors import Closed, ConfigError
 
 if TYPE_CHECKING:
@@ -153,13 +154,13 @@ class Home:
                 try:
                     await self._cancel_bridged()
                     await self._on_leave()
+                    await last_releases(loop, _LAST_WORDS_S)
                 finally:
                     self._forget()
 
     async def _cancel_bridged(self) -> None:
         """Calls that were bridged after the loop had cancelled its tasks."""
-        tasks = [bridged.task for bridged in list(self._bridged.values()) if bridged.task is not None]
-        for task in tasks:
+        for task in (tasks := [bridged.task for bridged in list(self._bridged.values()) if bridged.task is not None]):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORDS_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,8 @@ class InFlight:
             closer: who waits here (`whose()`): a stream that it reads itself would never end, so it is broken off now.
         """
         await self._break_off(lambda stream: stream.reader == closer)
+        if self._streams:
+            gc.collect()  # a stream that was dropped within a cycle of references would be waited for in vain
         if not self._tasks:
             return
         self._idle = asyncio.get_running_loop().create_future()

@@ -29,6 +29,27 @@ def whose() -> object:
     return threading.get_ident() if task is None else weakref.ref(task)
 
 
+_releases: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[None]] | None] = (
+    weakref.WeakKeyDictionary()
+)
+"""Streams that are being released on a loop; None where a home of ours ends: it has released them all itself."""
+
+
+def _release(loop: asyncio.AbstractEventLoop, tap: Tap) -> None:
+    tasks = _releases.setdefault(loop, set())
+    if tasks is not None:
+        tasks.add(task := loop.create_task(tap.aclose()))
+        task.add_done_callback(tasks.discard)
+
+
+async def last_releases(loop: asyncio.AbstractEventLoop, patience_s: float) -> None:
+    """Wait for the releases under way on a loop that ends; none begins any more, for it could not come to its end."""
+    tasks = _releases.get(loop)
+    _releases[loop] = None
+    if tasks:
+        await asyncio.wait(tasks, timeout=patience_s)
+
+
 class GuardedChunks:
     """The outermost stream: a reader that drops it unread releases everything all the same."""
 
@@ -81,9 +102,8 @@ class GuardedChunks:
     def release(self) -> None:
         """`aclose`, soon, from any thread: for a reader that is gone."""
         if not self._over and not self.loop.is_closed():
-            loop, tap = self.loop, self._tap
             with contextlib.suppress(RuntimeError):  # closed on its own thread meanwhile
-                loop.call_soon_threadsafe(lambda: loop.create_task(tap.aclose()))
+                self.loop.call_soon_threadsafe(_release, self.loop, self._tap)
 
     def __del__(self) -> None:
         self.release()
