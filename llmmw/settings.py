@@ -191,10 +191,10 @@ def texts(option: str, value: object) -> tuple[str, ...]:
     Raises:
         ConfigError: anything else, also a single text, which would be taken letter by letter.
     """
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        found = tuple(cast("Iterable[object]", value))
-        if all(isinstance(one, str) and one for one in found):
-            return cast("tuple[str, ...]", found)
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    found = tuple(cast("Iterable[object]", value)) if several else ()
+    if several and all(isinstance(one, str) and one for one in found):
+        return cast("tuple[str, ...]", found)
     raise ConfigError(f"{_as_set(option, value)}: must be a list of texts, none of them empty")
 
 
