@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, dataclass_transform
 
 from llmmw.errors import ConfigError
 
@@ -191,11 +191,12 @@ def texts(option: str, value: object) -> tuple[str, ...]:
     Raises:
         ConfigError: anything else, also a single text, which would be taken letter by letter.
     """
-    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    found = tuple(cast("Iterable[object]", value)) if several else ()
-    if several and all(isinstance(one, str) and one for one in found):
-        return cast("tuple[str, ...]", found)
-    raise ConfigError(f"{_as_set(option, value)}: must be a list of texts, none of them empty")
+    several: Any = value
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        found = tuple(several)
+        if all(isinstance(one, str) and one for one in found):
+            return found
+    raise ConfigError(f"{_as_set(option, several)}: must be a list of texts, none of them empty")
 
 
 def instance(option: str, value: object, kind: type[T], example: str) -> T:
