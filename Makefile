@@ -38,7 +38,7 @@ cases: $(READY)  ## the specification's cases, the tests that prove them, and ho
 SEEDS ?= 100-119
 CALLS ?= 5000
 chaos: $(READY)  ## a long soak with real servers: SEEDS=100-119 CALLS=5000; and a thousand days in virtual time
-	CHAOS_SEEDS=$(SEEDS) CHAOS_CALLS=$(CALLS) $(BIN)/python -m pytest tests/e2e/test_chaos.py
+	CHAOS_SEEDS=$(SEEDS) CHAOS_CALLS=$(CALLS) $(BIN)/python -m pytest tests/e2e/test_chaos.py tests/e2e/test_disk_vandals.py
 	CHAOS_SEEDS=1000-1999 $(BIN)/python -m pytest -q tests/e2e/test_chaos_virtual.py
 
 check: $(READY)  ## lint, types, import direction
