@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import llmmw
-from llmmw import Client, Coalescer, RateLimiter, Retry, Stack, StatusError, Timeout
+from llmmw import Client, Coalescer, ConnectionPool, RateLimiter, Retry, Stack, StatusError, Timeout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -97,7 +97,10 @@ async def test_a_full_queue_is_the_sdks_own_error(small):
     async with (
         small.full(QUEUE),
         openai.AsyncOpenAI(
-            base_url=small.url, api_key=small.api_key, max_retries=0, http_client=llmmw.httpx2_client(Stack())
+            base_url=small.url,
+            api_key=small.api_key,
+            max_retries=0,
+            http_client=llmmw.httpx2_client(Stack(), pool=ConnectionPool(connect_timeout=60)),
         ) as sdk,
     ):
         with pytest.raises(openai.InternalServerError) as caught:
