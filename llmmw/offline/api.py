@@ -111,7 +111,7 @@ class Api:
                 return self._read(await self._send(method, path, body, kind, once=not harmless))
             except LLMMWError as error:
                 await self._back_off(error, number, _PASSING if harmless else _NOTHING_DONE)
-        raise AssertionError("the last pause raises")  # pragma: no cover
+        raise AssertionError("the last pause raises")  # pragma: no cover — for the type checkers
 
     async def lines(self, path: str) -> list[Any]:
         """The objects of a JSON-lines file, whole or not at all; a line that is no object is left out.
@@ -124,7 +124,7 @@ class Api:
                 return [found async for found in self._lines(path)]
             except LLMMWError as error:
                 await self._back_off(error, number, _PASSING)
-        raise AssertionError("the last pause raises")  # pragma: no cover
+        raise AssertionError("the last pause raises")  # pragma: no cover — for the type checkers
 
     async def _lines(self, path: str) -> AsyncGenerator[dict[str, Any]]:
         request = self._server.request("GET", path, max_bytes=_MAX_RESULT_BYTES)

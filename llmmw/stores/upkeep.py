@@ -159,7 +159,7 @@ def _opened(place: Path, *, network: bool) -> Generator[sqlite3.Connection | Non
 
 def _delete(database: sqlite3.Connection, which: str, *values: float) -> int:
     # `which` is one of the two texts above.
-    rows = f"DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE {which} LIMIT {_BATCH})"  # noqa: S608
+    rows = f"DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE {which} LIMIT {_BATCH})"  # noqa: S608 — `which` is one of our own texts
     gone = 0
     while True:
         count = database.execute(rows, values).rowcount

@@ -20,7 +20,7 @@ async def create(exchange: Exchange) -> Answer:
     book = exchange.core.offline
     entries = [as_dict(entry) for entry in as_list(asked.get("requests"))]
     names = [str(entry.get("custom_id") or "") for entry in entries]
-    if not entries or len({*names}) != len(names) or not all(0 < len(name) <= 64 for name in names):  # noqa: PLR2004 - theirs
+    if not entries or len({*names}) != len(names) or not all(0 < len(name) <= 64 for name in names):  # noqa: PLR2004 — theirs
         raise bad_value("requests: unique custom_ids of 1 to 64 characters are needed", "requests")
     items = [Item(name, MESSAGES, encode(entry.get("params"))) for name, entry in zip(names, entries, strict=True)]
     batch = Batch(book.new_id("msgbatch_"), exchange.key, time.time(), items, {})
@@ -62,7 +62,7 @@ async def cancel(exchange: Exchange, name: str) -> Answer:
 def _result(item: Item) -> Json:
     if item.ending != "answered":
         return {"type": item.ending}
-    if item.status < 400:  # noqa: PLR2004 - HTTP
+    if item.status < 400:  # noqa: PLR2004 — HTTP
         return {"type": "succeeded", "message": item.answer}
     return {"type": "errored", "error": item.answer}
 

@@ -201,7 +201,7 @@ class ModelServer:
                     return response
             answer = await route(Exchange(core, record, body, key))
         except ApiError as error:
-            if error.status == 429:  # noqa: PLR2004 - only limits refuse with it
+            if error.status == 429:  # noqa: PLR2004 — only limits refuse with it
                 core.stats.refused_by_limit += 1
             answer = refusal(core.config, error, record.route)
         wanted = request.headers.get("endpoint-load-metrics-format")
@@ -239,7 +239,7 @@ class ModelServer:
 
 
 def _outcome(status: int) -> str:
-    return "ok" if status < 400 else f"http_{status}"  # noqa: PLR2004 - HTTP errors begin there
+    return "ok" if status < 400 else f"http_{status}"  # noqa: PLR2004 — HTTP errors begin there
 
 
 @asynccontextmanager

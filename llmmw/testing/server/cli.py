@@ -110,7 +110,7 @@ async def serve(config: ServerConfig, *, announce: bool, until_stdin_closes: boo
 
 async def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     class Watch(asyncio.Protocol):
-        def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 — asyncio's signature
             stop.set()
 
     await loop.connect_read_pipe(Watch, sys.stdin)
@@ -140,7 +140,7 @@ def _loop_factory(*, wanted: bool) -> Any:
     if not wanted:
         return None
     try:
-        import uvloop  # noqa: PLC0415 - an optional extra
+        import uvloop  # noqa: PLC0415 — an optional extra
     except ImportError:
         raise ValueError("--uvloop needs uvloop: pip install 'llmmw[speed]'") from None
     return uvloop.new_event_loop

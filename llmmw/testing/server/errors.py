@@ -54,7 +54,7 @@ class ApiError(Exception):
         if style == "openai":
             error = {"message": self.message, "type": self.openai_kind, "param": self.param, "code": self.code}
             return {"error": error}
-        if self.status == 401:  # noqa: PLR2004 - vLLM's middleware answers with a bare string
+        if self.status == 401:  # noqa: PLR2004 — vLLM's middleware answers with a bare string
             return {"error": "Unauthorized"}
         return {
             "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status},

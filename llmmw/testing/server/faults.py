@@ -118,7 +118,7 @@ class _Armed:
         self.matched = 0
         self.fired = 0
         # Its own generator per rule: adding a rule never changes the draws of another.
-        self._random = random.Random(f"{seed}:{rule.id}")  # noqa: S311 - reproducible, not secret
+        self._random = random.Random(f"{seed}:{rule.id}")  # noqa: S311 — reproducible, not secret
 
     def matches(self, route: str, body: bytes, peek: _Peek, now_s: float) -> bool:
         match = self.rule.match

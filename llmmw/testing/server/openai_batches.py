@@ -93,7 +93,7 @@ def _write_files(book: Book, batch: Batch) -> None:
         else:
             code = "batch_expired" if item.ending == "expired" else "batch_cancelled"
             line["error"] = {"code": code, "message": f"This request was not executed: {code}."}
-        file = "output_file_id" if item.ending == "answered" and item.status < 400 else "error_file_id"  # noqa: PLR2004 - HTTP
+        file = "output_file_id" if item.ending == "answered" and item.status < 400 else "error_file_id"  # noqa: PLR2004 — HTTP
         lines[file].append(encode(line) + b"\n")
     batch.files = {name: book.keep(batch.key, b"".join(found)) for name, found in lines.items() if found}
 
@@ -107,7 +107,7 @@ def _openai(batch: Batch) -> Json:
         status = "cancelled"
     else:
         status = "expired" if any(item.ending == "expired" for item in batch.items) else "completed"
-    good = sum(item.ending == "answered" and item.status < 400 for item in batch.items)  # noqa: PLR2004 - HTTP
+    good = sum(item.ending == "answered" and item.status < 400 for item in batch.items)  # noqa: PLR2004 — HTTP
     bad = sum(bool(item.ending) for item in batch.items) - good
     return {
         "id": batch.id,

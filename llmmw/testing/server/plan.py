@@ -84,7 +84,7 @@ def chat_prompt(messages: list[Json], tools: Any = None) -> Prompt:
         if not isinstance(role, str):
             raise bad_value(f"messages: role {role!r} is not allowed; a text is", "messages")
         text = text_of(message.get("content"))
-        if len(message) > 2:  # noqa: PLR2004 - more than role and content
+        if len(message) > 2:  # noqa: PLR2004 — more than role and content
             rest = {key: value for key, value in message.items() if key not in {"role", "content"}}
             text += compact(rest)
         parts.append(f"<{role}>{text}")

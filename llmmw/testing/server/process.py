@@ -48,7 +48,7 @@ class ServerProcess:
         values = plain_options(self.config)
         command = [sys.executable, "-m", __package__ or "llmmw.testing.server", "--config-json", json.dumps(values)]
         with tempfile.TemporaryFile("w+") as errors:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            self._process = subprocess.Popen(  # noqa: S603 — our own interpreter and module
                 [*command, *self._flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
