@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from llmmw.call import Outcome, Reply
 from llmmw.edges.many import build_all, outcomes_of, what_failed
 from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of, several
-from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.endpoints import endpoint_at
 from llmmw.engine.atwork import AtWork
+from llmmw.keys.identity import Asker
 from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
 from llmmw.stores.base import Match
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmmw.call import Call
     from llmmw.edges.requests import Piece
+    from llmmw.endpoints.base import Endpoint
     from llmmw.engine import Engine
     from llmmw.env import Env
     from llmmw.offline import OfflineBatch
@@ -36,7 +38,8 @@ class ClientBase(AtWork):
     """Settings and lifetime that both clients share.
 
     Args:
-        base_url: such as "http://127.0.0.1:8000/v1".
+        base_url: such as "http://127.0.0.1:8000/v1", or an endpoint such as VLLMEndpoint(...), which then has api_key,
+            headers, pool and allow_hosts itself.
         api_key: sent as a bearer token; None sends no credential.
         stack: the layers; `Stack.recommended()` by default (no cache: caching is your choice).
         model: used where a call names none.
@@ -53,7 +56,7 @@ class ClientBase(AtWork):
     @accepting
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Endpoint,
         api_key: str | None = None,
         *,
         stack: Stack | None = None,
@@ -70,10 +73,16 @@ class ClientBase(AtWork):
             if value is not None:
                 text(option, value)
         self.stack = Stack.recommended() if stack is None else stack
-        self.endpoint = endpoint = HTTPEndpoint(base_url, api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
+        self.endpoint = endpoint = endpoint_at(
+            base_url, api_key=api_key, headers=headers, allow_hosts=allow_hosts, pool=pool
+        )
         self.engine: Engine = self.stack.bind(endpoint, env=env)
         self.requests = RequestBuilder(
-            target=endpoint.name, asker=endpoint.asker, stack=self.stack, model=model, tenant=tenant
+            target=endpoint.name,
+            asker=getattr(endpoint, "asker", Asker()),
+            stack=self.stack,
+            model=model,
+            tenant=tenant,
         )
 
     def get_performance_stats(self) -> dict[str, Any]:
@@ -242,10 +251,11 @@ class Client(ClientBase):
                 await build_all(items, build, keep=False)
             return await outcomes_of(items, lambda item: self._outcome(build(item)), on_progress)
         from llmmw.offline import offline_of  # noqa: PLC0415 — loaded where it is asked for
+        from llmmw.offline.api import server_of  # noqa: PLC0415 — as above
         from llmmw.offline.run import run  # noqa: PLC0415 — as above
 
-        calls = await build_all(items, build, keep=True)
-        return await run(self.engine, self.endpoint, offline_of(offline), calls, on_progress)
+        settings, server = offline_of(offline), server_of(self.endpoint)
+        return await run(self.engine, server, settings, await build_all(items, build, keep=True), on_progress)
 
     async def _outcome(self, call: Call) -> Outcome:
         return Outcome(reply=answer_of(await self.engine.call(call)))
@@ -263,9 +273,10 @@ class Client(ClientBase):
             How many were told to stop.
         """
         from llmmw.offline import offline_of  # noqa: PLC0415 — loaded where it is asked for
+        from llmmw.offline.api import server_of  # noqa: PLC0415 — as above
         from llmmw.offline.run import cancel  # noqa: PLC0415 — as above
 
-        return await cancel(self.engine, self.endpoint, offline_of(offline))
+        return await cancel(self.engine, server_of(self.endpoint), offline_of(offline))
 
     async def aclose(self) -> None:
         """Wait for calls in flight and close every connection. Idempotent, from any loop."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmmw.call import Outcome, Reply
     from llmmw.edges.client import Offline, Progress
     from llmmw.edges.requests import Piece
+    from llmmw.endpoints.base import Endpoint
 
 
 class SyncClient(AtWork):
@@ -26,7 +27,7 @@ class SyncClient(AtWork):
     """
 
     @accepting
-    def __init__(self, base_url: str, api_key: str | None = None, **options: Any) -> None:
+    def __init__(self, base_url: str | Endpoint, api_key: str | None = None, **options: Any) -> None:
         self._client = Client(base_url, api_key, **options)
         self.engine = self._client.engine
         self.stack = self._client.stack

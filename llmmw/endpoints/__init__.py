@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from llmmw.endpoints.base import Endpoint, counted
 from llmmw.errors import ConfigError
@@ -25,13 +25,37 @@ def as_endpoint(value: object) -> Endpoint:
         from llmmw.endpoints.openai import HTTPEndpoint  # noqa: PLC0415 — loads the HTTP engine
 
         return HTTPEndpoint(value)
-    if isinstance(value, Endpoint):
+    if _is_endpoint(value):
         return value
     function: Any = value
     call_method: Any = getattr(function, "__call__", None)  # noqa: B004 — the method is what is asked for
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call_method):
         return CallableEndpoint(function)
     raise ConfigError(f"endpoint={value!r}: expected a base URL, an Endpoint, or an async function from Call to Reply")
+
+
+def endpoint_at(place: object, **options: Any) -> Endpoint:
+    """What a client asks: an HTTPEndpoint for a base URL, or an endpoint of the caller's own.
+
+    Args:
+        place: the base URL or the endpoint.
+        options: those of HTTPEndpoint; an endpoint has been given its own.
+
+    Raises:
+        ConfigError: the URL or an option cannot work, or there are options besides an endpoint.
+    """
+    if not _is_endpoint(place):
+        from llmmw.endpoints.openai import HTTPEndpoint  # noqa: PLC0415 — loads the HTTP engine
+
+        return HTTPEndpoint(cast("str", place), **options)
+    given = [name for name, value in options.items() if value is not None and value != ()]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: belongs to the endpoint; give it to {type(place).__name__}(...)")
+    return place
+
+
+def _is_endpoint(value: object) -> TypeGuard[Endpoint]:
+    return isinstance(value, Endpoint) and not isinstance(value, type)
 
 
 class CallableEndpoint:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from llmmw.algo.headers import moment
 from llmmw.answer import mapping
 from llmmw.call import Call, Reply
-from llmmw.errors import LLMMWError, ProtocolError
+from llmmw.errors import ConfigError, LLMMWError, ProtocolError
 from llmmw.fault import Fault, FaultKind, classify, error_of
 from llmmw.wire import decode_json
 from llmmw.wire.strict import read_json
@@ -41,6 +41,7 @@ class Caller(Protocol):
         ...
 
 
+@runtime_checkable
 class Server(Protocol):
     """What builds requests with the right address and credential: an HTTPEndpoint."""
 
@@ -61,6 +62,17 @@ class Server(Protocol):
     ) -> HTTPRequest:
         """A request in its own name."""
         ...
+
+
+def server_of(endpoint: object) -> Server:
+    """The client's endpoint, if batches can be handed over there.
+
+    Raises:
+        ConfigError: it is no HTTP server.
+    """
+    if not isinstance(endpoint, Server):
+        raise ConfigError(f"offline: {endpoint!r} cannot take batches; use a client with a base URL")
+    return endpoint
 
 
 class TooLate(Exception):

@@ -20,6 +20,8 @@ from llmmw import (
     TTLCache,
     using,
 )
+from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.testing.fake import FakeUpstream
 from llmmw.testing.server import FaultRule, Match, ServerConfig, server_process
 
 MODEL = "llmmw-embedded"
@@ -254,6 +256,31 @@ def test_plain_code_streams_a_completion_and_cancels_nothing(server, tmp_path):
         assert "".join(client.stream(prompt="x", model=MODEL, max_tokens=3, temperature=0))
         assert client.cancel_offline(tmp_path / "none") == 0
         assert server.base_url in repr(client)
+
+
+async def test_an_endpoint_of_ones_own_takes_the_place_of_the_url(server):
+    endpoint = HTTPEndpoint(server.base_url, "sk-own")
+    async with Client(endpoint, stack=Stack(TTLCache(300)), model=MODEL) as client:
+        first = await client.chat(HELLO, temperature=0)
+        assert (first.endpoint, client.endpoint) == (server.base_url, endpoint)
+        assert (await client.chat(HELLO, temperature=0)).source == "cache"
+        assert client.requests.namespace
+    with SyncClient(HTTPEndpoint(server.base_url), stack=Stack(), model=MODEL) as plain:
+        assert plain.chat(HELLO, temperature=0).text == first.text
+    async with Client(FakeUpstream(), stack=Stack(), model="m") as client:
+        assert (await client.chat("any endpoint")).text == "echo: any endpoint"
+
+
+@pytest.mark.parametrize("make", [Client, SyncClient])
+def test_what_belongs_to_an_endpoint_is_not_taken_beside_it(server, make, tmp_path):
+    for option, value in {"api_key": "sk-1", "headers": {"x": "1"}, "allow_hosts": ["h"]}.items():
+        with pytest.raises(ConfigError, match=f"{option}: belongs to the endpoint") as caught:
+            make(HTTPEndpoint(server.base_url), **{option: value})
+        assert "sk-1" not in str(caught.value)
+    with pytest.raises(ConfigError, match="base_url"):
+        make(HTTPEndpoint)
+    with pytest.raises(ConfigError, match="FakeUpstream"), SyncClient(FakeUpstream(), stack=Stack()) as plain:
+        plain.generate_batch(model="m", prompts=["a"], offline=tmp_path)
 
 
 def test_one_client_over_five_asyncio_runs(server):
