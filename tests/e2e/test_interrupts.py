@@ -95,7 +95,7 @@ async def main():
                 say("failed", type(error).__name__)
         await client.chat(**asked("now warm"))
         first = asyncio.create_task(ask("held"))
-        while client.get_performance_stats()["in_flight"] < 1: await asyncio.sleep(0)
+        while client.get_performance_stats()["upstream_requests"] < 2: await asyncio.sleep(0)  # so others must wait
         others = [asyncio.create_task(ask("now batched")) for n in range(3)]
         while client.get_performance_stats()["layers"]["batch"]["waiting"] < 1: await asyncio.sleep(0)
         say("ready")
