@@ -29,8 +29,8 @@ $(READY): requirements/dev.txt requirements/sdk-openai2.txt pyproject.toml
 demo: $(READY)  ## the main job, three ways, on the embedded model server
 	$(BIN)/llmmw demo --json out/demo.json --chart out/demo.png
 
-test: $(READY)  ## all tests that need no vLLM
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests that need no vLLM, on up to four cores
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 cases: $(READY)  ## the specification's cases, the tests that prove them, and how they end
 	$(BIN)/python tests/cases.py
