@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from llmmw.answer import NO_USAGE, Usage, text_in
-from llmmw.context import NO_CONTEXT, Context, Urgency, current_context, using
+from llmmw.context import NO_CONTEXT, Context, Party, Place, Urgency, current_context, using
 from llmmw.errors import LLMMWError  # noqa: TC001 — likewise
 
 __all__ = [
     "NO_CONTEXT", "Attempt", "Call", "Chunk", "Chunks", "Context", "Filling", "Handler", "Item", "Outcome",
-    "Reply", "Source", "Urgency", "Usage", "current_context", "using",
+    "Party", "Place", "Reply", "Source", "Urgency", "Usage", "current_context", "using",
 ]  # fmt: skip
 
 Source = Literal["upstream", "cache", "coalesced", "batch"]
@@ -61,6 +61,8 @@ class Call(msgspec.Struct, frozen=True, weakref=True):
     """Set by Retry(hedge=True): called when the attempt goes out to the endpoint, with its permits."""
     alone: bool = False
     """Set by the router: this endpoint was well last and no other is, so an open circuit there is probed at a pace."""
+    place: Place | None = None
+    """Set by `generate_batch`: this call is one of a party, whose others may travel with it."""
     direct: bool = False
     """Straight to the engine's endpoint, past every layer: for what is no completion (files, model lists, audio)."""
 

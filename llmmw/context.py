@@ -1,4 +1,7 @@
-"""Who is asking and how urgently: `Context`, the block `using()` that sets it, and `Urgency`, which shared work has."""
+"""Who is asking and how urgently: `Context`, the block `using()` that sets it, and `Urgency`, which shared work has.
+
+Also who asks together: `Party`.
+"""
 
 from __future__ import annotations
 
@@ -147,6 +150,65 @@ class Urgency:
 
     def __repr__(self) -> str:
         return f"Urgency(priority={self.priority}, deadline={self.deadline})"
+
+
+class Party:
+    """Calls that are made together, as by `generate_batch`: who gathers them sees whether more are on their way.
+
+    On its way is a call that has joined and was not settled. Lives on the home loop.
+    """
+
+    __slots__ = ("_watchers", "coming", "is_whole")
+
+    def __init__(self) -> None:
+        self.coming = 0
+        self.is_whole = False
+        """Nobody joins any more."""
+        self._watchers: dict[Callable[[], object], None] = {}
+
+    def join(self) -> Place:
+        """One more call is on its way."""
+        self.coming += 1
+        return Place(self)
+
+    def close(self) -> None:
+        """Nobody joins any more."""
+        self.is_whole = True
+        self._tell()
+
+    def settled(self) -> None:
+        """One call less is on its way."""
+        self.coming -= 1
+        self._tell()
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Call `watcher` whenever nobody is on the way any more; twice the same is once."""
+        self._watchers[watcher] = None
+
+    def _tell(self) -> None:
+        if not self.coming:
+            for watcher in list(self._watchers):
+                watcher()
+
+
+class Place:
+    """A call's place in its party."""
+
+    __slots__ = ("_party",)
+
+    def __init__(self, party: Party) -> None:
+        self._party: Party | None = party
+
+    def settle(self) -> Party | None:
+        """The call was gathered, waits for somebody else or has ended: nobody need wait for it.
+
+        Returns:
+            The party, the first time.
+        """
+        party, self._party = self._party, None
+        if party is not None:
+            party.settled()
+        return party
 
 
 def _added(told: list[Callable[[], object]], one: Callable[[], object]) -> Callable[[], None]:

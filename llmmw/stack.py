@@ -230,12 +230,13 @@ class Stack:
         endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
         bounds: list[tuple[str, Bound]] = []
         handlers: Sequence[Handler] = endpoints
-        envs = [env.endowed(frozenset(getattr(endpoint, "capabilities", ()))) for endpoint in endpoints]
+        told = [_capabilities_of(endpoint) for endpoint in endpoints]
+        envs = [env.endowed(each) for each in told]
         for layer in reversed(layers):
             if isinstance(layer, ForkingLayer):
                 bound = layer.bind_fork(handlers, env)
                 bounds.append((str(layer.role), bound))
-                handlers, envs = [bound], [env]
+                handlers, envs = [bound], [env.endowed(lambda: told[0]().intersection(*(each() for each in told)))]
             else:
                 made = [layer.bind(handler, own) for handler, own in zip(handlers, envs, strict=True)]
                 bounds += [(str(layer.role), bound) for bound in made]
@@ -254,6 +255,11 @@ class Stack:
         from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
 
         return wrap(function, self, **options)
+
+
+def _capabilities_of(endpoint: object) -> Callable[[], frozenset[str]]:
+    """What an endpoint says of itself whenever it is asked."""
+    return lambda: frozenset(getattr(endpoint, "capabilities", ()))
 
 
 def _hit_source(bounds: Sequence[tuple[str, Bound]]) -> Bound | None:

@@ -8,9 +8,9 @@ from llmmw.events import UpstreamEnded, UpstreamStarted
 from llmmw.stream import at_end
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from llmmw.call import Call, Reply
+    from llmmw.call import Call, Outcome, Reply
     from llmmw.env import Env
     from llmmw.stream import End
 
@@ -43,6 +43,30 @@ class Endpoint(Protocol):
 
     async def aclose(self) -> None:
         """Release connections. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class BatchEndpoint(Endpoint, Protocol):
+    """An endpoint that may take many calls in one.
+
+    What it takes jointly it says in `capabilities`, which is read at every group, so it may find out while it works:
+
+    - "batch:chat": a call with op "chat_batch", whose `messages` are a list of conversations;
+    - "batch:complete": op "complete" with a list of prompts (all texts, or all lists of token ids).
+
+    The other fields hold for all of them, the reply is one body whose choices carry the position as `index`, with one
+    usage, and one refusal refuses all. So a joint call is a call: limits, time-outs, statistics and the judgement of
+    failures need nothing of their own for it, and the answer is taken apart in one place (`layers/exchange.py`).
+    """
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can do now (`Env.capabilities` names the words)."""
+        ...
+
+    async def generate_batch(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Every call's own outcome, in order; jointly where that is possible and worth it, else side by side."""
         ...
 
 
