@@ -14,7 +14,6 @@ import gc
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from line_process import LineProcess
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
-    Ask = Callable[[str], Awaitable[object]]
+    Ask = Callable[..., Awaitable[object]]
 
 MODEL = "m"
 FILLER = "In one short paragraph, say what you would do next and why. " * 16
@@ -87,7 +88,9 @@ async def bare_protocol(url: str) -> AsyncGenerator[Ask]:
         if idle:
             exchange = idle.pop()
         else:
-            _, exchange = await asyncio.get_running_loop().create_connection(_Exchange, parts.hostname, parts.port)
+            _, exchange = await asyncio.get_running_loop().create_connection(
+                _Exchange, parts.hostname or "", parts.port or 80
+            )
             opened.append(exchange)
         answer = await exchange.ask(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
         idle.append(exchange)
@@ -105,19 +108,26 @@ async def aiohttp_client(url: str) -> AsyncGenerator[Ask]:
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def ask(prompt: str) -> object:
-            async with session.post(f"{url}/chat/completions", json=body(prompt)) as response:
-                return (await response.json())["choices"][0]["message"]["content"]
+        async def ask(prompt: str, base_url: str = url, api_key: str = "benchmark", **fields: Any) -> str:
+            async with session.post(
+                f"{base_url}/chat/completions",
+                json=body(prompt) | fields,
+                headers={"authorization": f"Bearer {api_key}"},
+                raise_for_status=True,
+            ) as response:
+                text: str = (await response.json())["choices"][0]["message"]["content"]
+                return text
 
         yield ask
 
 
 @asynccontextmanager
 async def _httpx_like(library: Any, url: str) -> AsyncGenerator[Ask]:
+    headers = {"authorization": "Bearer benchmark"}
     async with library.AsyncClient(timeout=60) as client:
 
         async def ask(prompt: str) -> object:
-            response = await client.post(f"{url}/chat/completions", json=body(prompt))
+            response = await client.post(f"{url}/chat/completions", json=body(prompt), headers=headers)
             return response.json()["choices"][0]["message"]["content"]
 
         yield ask
@@ -142,10 +152,11 @@ async def httpx2_client(url: str) -> AsyncGenerator[Ask]:
 
 
 @asynccontextmanager
-async def _openai(url: str, **options: Any) -> AsyncGenerator[Ask]:
+async def openai_client(url: str, max_retries: int = 0, **options: Any) -> AsyncGenerator[Ask]:
+    """The openai SDK as it comes, but for its retries."""
     import openai
 
-    async with openai.AsyncOpenAI(base_url=url, api_key="benchmark", max_retries=0, **options) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key="benchmark", max_retries=max_retries, **options) as client:
 
         async def ask(prompt: str) -> object:
             made = await client.chat.completions.create(**body(prompt))
@@ -155,19 +166,12 @@ async def _openai(url: str, **options: Any) -> AsyncGenerator[Ask]:
 
 
 @asynccontextmanager
-async def openai_client(url: str) -> AsyncGenerator[Ask]:
-    """The openai SDK as it comes."""
-    async with _openai(url) as ask:
-        yield ask
-
-
-@asynccontextmanager
 async def openai_over_llmmw(url: str) -> AsyncGenerator[Ask]:
     """The openai SDK with llmmw as its transport."""
     import llmmw
 
     stack = llmmw.Stack.recommended(concurrency=FULL_SPEED)
-    async with _openai(url, http_client=llmmw.httpx2_client(stack)) as ask:
+    async with openai_client(url, http_client=llmmw.httpx2_client(stack)) as ask:
         yield ask
 
 
@@ -220,7 +224,8 @@ CLIENTS: dict[str, Callable[[str], contextlib.AbstractAsyncContextManager[Ask]]]
 # ── the process that runs one of them ────────────────────────────────────────────────────────────────────────────────
 
 
-async def _measure(ask: Ask, prompts: Iterator[str], concurrency: int, calls: int) -> dict[str, float]:
+async def measure(ask: Ask, prompts: Iterator[str], concurrency: int, calls: int) -> dict[str, float]:
+    """CPU and median wall seconds per call, and calls per second, of `calls` calls by `concurrency` workers."""
     walls: list[float] = []
     left = calls
 
@@ -240,6 +245,13 @@ async def _measure(ask: Ask, prompts: Iterator[str], concurrency: int, calls: in
     return {"cpu_s": cpu / calls, "p50_s": statistics.median(walls), "calls_per_s": calls / wall}
 
 
+async def crowd(ask: Callable[[int], Awaitable[object]], calls: int) -> tuple[int, float]:
+    """Failures and seconds of calls 0, 1, 2 ... made all at once."""
+    began = time.perf_counter()
+    found = await asyncio.gather(*(ask(number) for number in range(calls)), return_exceptions=True)
+    return sum(isinstance(one, BaseException) for one in found), time.perf_counter() - began
+
+
 def _serve(name: str, url: str) -> None:
     numbers = itertools.count()
     prompts = (f"question {number}" for number in numbers)
@@ -248,9 +260,9 @@ def _serve(name: str, url: str) -> None:
         ask = runner.run(client.__aenter__())
         for line in sys.stdin:
             concurrency, calls = map(int, line.split())
-            runner.run(_measure(ask, prompts, concurrency, concurrency))  # opens the connections
+            runner.run(measure(ask, prompts, concurrency, concurrency))  # opens the connections
             gc.collect()
-            print(json.dumps(runner.run(_measure(ask, prompts, concurrency, calls))), flush=True)
+            print(json.dumps(runner.run(measure(ask, prompts, concurrency, calls))), flush=True)
         runner.run(client.__aexit__(None, None, None))
 
 
@@ -259,11 +271,7 @@ class ClientProcess:
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name
-        self._failure = ""
-        command = [sys.executable, str(Path(__file__).resolve()), name, url]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        self._process = LineProcess([sys.executable, str(Path(__file__).resolve()), name, url])
 
     def measure(self, concurrency: int, calls: int) -> dict[str, float]:
         """CPU and median wall seconds per call, and calls per second.
@@ -271,28 +279,12 @@ class ClientProcess:
         Raises:
             RuntimeError: the client does not work here; the message is the last line it wrote.
         """
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        line = ""
-        with contextlib.suppress(OSError):  # a broken pipe: it ended, and says why below
-            process.stdin.write(f"{concurrency} {calls}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        if not line:
-            last = process.stderr.read().strip().splitlines()[-1:]
-            self._failure = self._failure or (last[0] if last else "the client's process ended")
-            raise RuntimeError(self._failure)
-        found: dict[str, float] = json.loads(line)
+        found: dict[str, float] = json.loads(self._process.ask(f"{concurrency} {calls}"))
         return found
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            self._process.communicate(timeout=10)
-        self._process.kill()
-        self._process.wait()
+        self._process.close()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 IMPORTS = {
     "import llmmw": "import llmmw",
@@ -29,14 +33,21 @@ print(cpu, kilobytes / 1024)
 """
 
 
-def import_cost(statement: str = "") -> tuple[float, float]:
+def import_cost(
+    statement: str = "", python: str = sys.executable, environment: Mapping[str, str] | None = None
+) -> tuple[float, float]:
     """CPU seconds and MB of a fresh interpreter after running the statement.
+
+    Args:
+        statement: Python source.
+        python: the interpreter.
+        environment: all its variables; None: those of this process.
 
     Raises:
         RuntimeError: the statement failed; the message is the last line of the traceback.
     """
-    command = [sys.executable, "-W", "ignore", "-c", f"{statement}\n{_REPORT}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [python, "-W", "ignore", "-c", f"{statement}\n{_REPORT}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
     cpu_s, megabytes = done.stdout.split()

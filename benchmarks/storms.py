@@ -21,11 +21,11 @@ import asyncio
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client_cpu import crowd
 from measure import Progress, concluded
 
 from llmmw import Client, Coalescer, RateLimiter, Stack, TTLCache
@@ -174,13 +174,6 @@ CLIENTS = {"llmmw": with_llmmw, "openai SDK": with_openai}
 
 def _prompt(storm: Storm, number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": "hello" if storm.identical else f"hello {number}"}]
-
-
-async def crowd(ask: Ask, calls: int) -> tuple[int, float]:
-    """All at once."""
-    began = time.perf_counter()
-    found = await asyncio.gather(*(ask(number) for number in range(calls)), return_exceptions=True)
-    return sum(isinstance(one, BaseException) for one in found), time.perf_counter() - began
 
 
 def measure(storm: Storm, client: str, server: ServerProcess) -> Result:
