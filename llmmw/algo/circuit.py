@@ -20,6 +20,9 @@ State = Literal["closed", "open", "half_open"]
 Result = Literal["ok", "failed", "neutral"]
 """How a call speaks about the endpoint; "neutral" (4xx, 429, cancelled) says nothing and frees the probe."""
 
+Standing = Literal["well", "due", "resting"]
+""""due": the next call is a probe."""
+
 _JITTER = 0.1
 _MAX_MARKS = 256
 """Outcomes remembered one by one: a run is looked for among those of the last moments."""
@@ -123,6 +126,13 @@ class Circuit:
         self._probe += 1
         self._lease_until = now + self._rules.lease_s
         return Ticket(self.generation, self._probe)
+
+    def standing(self, now: float) -> Standing:
+        """Whether a call would be let through now, and whether it would be a probe; asking changes nothing."""
+        if self.state == "closed":
+            return "well"
+        until = self._open_until if self.state == "open" else self._lease_until
+        return "due" if until is None or now >= until else "resting"
 
     def retry_at(self, now: float, *, alone: bool = False) -> float:
         """When a call that was not admitted may come again."""

@@ -22,7 +22,7 @@ from llmmw.stream.copies import own_error
 if TYPE_CHECKING:
     import asyncio
 
-    from llmmw.algo.circuit import Result, Ticket
+    from llmmw.algo.circuit import Result, Standing, Ticket
     from llmmw.call import Call, Handler
     from llmmw.env import Env
     from llmmw.stream import End
@@ -148,6 +148,11 @@ class BoundBreaker(Bound):
         """Until when the endpoint was well for calls like this one; None where its circuit is closed."""
         line = self._endpoints.get((call.target, call.model))
         return None if line is None or line.circuit.state == "closed" else line.circuit.well_until
+
+    def standing(self, target: str, model: str) -> Standing:
+        """What would become of such a call now: let through, a probe, or refused."""
+        line = self._endpoints.get((target, model))
+        return "well" if line is None else line.circuit.standing(self.env.clock.monotonic())
 
     def news(self, call: Call) -> tuple[float, asyncio.Future[None]] | None:
         """While a probe is under way: until when it is waited for, and a future that is done when it has ended."""

@@ -12,7 +12,7 @@ from llmmw.fault import Fault, FaultKind, classify
 from llmmw.fault.bodies import context_limit
 from llmmw.layers.attempt import after, annotate, begun, failure_of, make_attempt
 from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.routes import Failure, Route, answer_of, history, route_to, words
+from llmmw.layers.routes import Failure, Route, answer_of, goes_elsewhere, history, route_to, words
 from llmmw.order import Role
 from llmmw.pool.guard import Guard, check_url
 from llmmw.settings import seconds, settings, text, whole
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 
     from llmmw.call import Call, Handler
     from llmmw.env import Env
-
-_ELSEWHERE = frozenset({
-    FaultKind.NOT_SENT, FaultKind.RATE, FaultKind.QUOTA, FaultKind.AUTH, FaultKind.SERVER, FaultKind.MALFORMED,
-    FaultKind.CONTEXT_LENGTH,
-})  # fmt: skip
-"""Classes that another endpoint (another credential, a larger context) may not share."""
-
-_REFUSED_ELSEWHERE = frozenset({"CircuitOpen", "RateLimited", "QueueFull"})
-"""Our own refusals that concern one endpoint; a deadline or a closed engine concerns all."""
 
 _ENDS_THE_CALL = (DeadlineExceeded, Closed)
 """Refusals that no endpoint can help: the caller is told this one, with everything that was tried before."""
@@ -221,13 +212,9 @@ class BoundRouter(Bound):
         """Whether the next endpoint is asked after this failure."""
         if index + 1 == len(self._routes):
             return False
-        if fault.kind is FaultKind.AMBIGUOUS:
-            return self._rules.duplicate_ok or self._routes[index].idempotent
         if fault.kind is FaultKind.CONTENT_FILTER:
             return self._rules.on_content_filter
-        if fault.kind is FaultKind.REFUSED:
-            return fault.code in _REFUSED_ELSEWHERE
-        return fault.kind in _ELSEWHERE
+        return goes_elsewhere(fault, duplicate_ok=self._rules.duplicate_ok or self._routes[index].idempotent)
 
     def _addressed(self, call: Call, index: int, left: int) -> Call:
         """The call as this endpoint gets it."""

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
 from llmmw.call import Attempt, Reply
-from llmmw.fault import Fault, error_of
+from llmmw.fault import Fault, FaultKind, error_of
 from llmmw.layers.attempt import after, attempt_of
 from llmmw.layers.base import Bound
-from llmmw.layers.breaker import BoundBreaker
 
 if TYPE_CHECKING:
+    import asyncio
+
     from llmmw.call import Call, Handler
+
+_ELSEWHERE = frozenset({
+    FaultKind.NOT_SENT, FaultKind.RATE, FaultKind.QUOTA, FaultKind.AUTH, FaultKind.SERVER, FaultKind.MALFORMED,
+    FaultKind.CONTEXT_LENGTH,
+})  # fmt: skip
+"""Classes that another endpoint (another credential, a larger context) may not share."""
+
+_REFUSED_ELSEWHERE = frozenset({"CircuitOpen", "RateLimited", "QueueFull"})
+"""Our own refusals that concern one endpoint; a deadline or a closed engine concerns all."""
+
+
+def goes_elsewhere(fault: Fault, *, duplicate_ok: bool) -> bool:
+    """Whether another endpoint may be asked after this failure (`duplicate_ok`: also where it may be done already)."""
+    if fault.kind is FaultKind.AMBIGUOUS:
+        return duplicate_ok
+    if fault.kind is FaultKind.REFUSED:
+        return fault.code in _REFUSED_ELSEWHERE
+    return fault.kind in _ELSEWHERE
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A layer that stops asking its endpoint for a while: a circuit breaker, or a balancer over several."""
+
+    def rests_since(self, call: Call) -> float | None:
+        """Until when the endpoint was well for calls like this one; None where it is asked."""
+        ...
+
+    def news(self, call: Call) -> tuple[float, asyncio.Future[None]] | None:
+        """While a probe is under way: until when it is waited for, and a future that is done when it has ended."""
+        ...
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -27,7 +59,7 @@ class Route(msgspec.Struct, frozen=True):
     max_context: int | None
     idempotent: bool
     """What got lost there may be asked again elsewhere."""
-    breaker: BoundBreaker | None
+    breaker: Resting | None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -76,7 +108,9 @@ def route_to(handler: Handler, model: str | None, max_context: int | None) -> Ro
     """What the layers towards an endpoint, and the endpoint, say about themselves."""
     endpoint, breaker = handler, None
     while isinstance(endpoint, Bound):
-        breaker = endpoint if isinstance(endpoint, BoundBreaker) else breaker
+        breaker = endpoint if isinstance(endpoint, Resting) else breaker
+        if hasattr(endpoint, "capabilities"):
+            break  # it speaks for several endpoints
         endpoint = endpoint.inner
     name = getattr(endpoint, "name", "")
     idempotent = "idempotent" in getattr(endpoint, "capabilities", ())
