@@ -62,7 +62,8 @@ class FunctionEndpoint:
     async def _answer(self, call: Call) -> Reply:
         invocation: Invocation = call.native
         if self._kind == "async generator":
-            return Reply(chunks=ValueChunks(self._function(*invocation.args, **invocation.kwargs), self._codec))
+            values = self._function(*invocation.args, **invocation.kwargs)
+            return Reply(chunks=ValueChunks(values, self._codec, self))
         with Run(self):
             if self._kind == "async":
                 value = await self._function(*invocation.args, **invocation.kwargs)
@@ -93,18 +94,26 @@ class FunctionEndpoint:
 
 
 class ValueChunks:
-    """The values of an async generator as a stream of Items."""
+    """The values of an async generator as a stream of Items; the generator runs as part of its owner's work."""
 
-    def __init__(self, values: AsyncGenerator[Any], codec: Codec) -> None:
+    def __init__(self, values: AsyncGenerator[Any], codec: Codec, owner: object) -> None:
         self._values = values
         self._codec = codec
+        self._run = Run(owner)
         self.usage: Usage = NO_USAGE
 
     def __aiter__(self) -> ValueChunks:
         return self
 
     async def __anext__(self) -> Chunk:
-        value = await self._values.__anext__()
+        self._run.begin()
+        try:
+            value = await self._values.__anext__()
+        except BaseException:
+            self._run.end()
+            raise
+        finally:
+            self._run.pause()
         found = usage_in(value)
         if found.reported:
             self.usage = found
@@ -112,7 +121,10 @@ class ValueChunks:
 
     async def aclose(self) -> None:
         """Close the generator, so that its `finally` blocks run."""
-        await self._values.aclose()
+        try:
+            await self._values.aclose()
+        finally:
+            self._run.end()
 
 
 def usage_in(value: object) -> Usage:

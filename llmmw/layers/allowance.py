@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llmmw.algo.aimd import Aimd
-from llmmw.algo.bucket import Cell, Ledger, burst_of
+from llmmw.algo.bucket import Ledger, burst_of
 from llmmw.algo.estimate import LearnedOutput
 from llmmw.algo.gradient import Gradient2
 from llmmw.algo.pace import Pace
+from llmmw.layers.permit import Permit
 from llmmw.layers.units import Units
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from llmmw.algo.headers import Reading
     from llmmw.answer import Usage
     from llmmw.env import Env
-    from llmmw.layers.leases import Lease, Leases
+    from llmmw.layers.leases import Leases
 
 _MAX_JITTER_S = 5.0
 _JITTER = 0.1
@@ -57,25 +58,6 @@ class Limits(msgspec.Struct, frozen=True):
         return (self.rpm or 0) if name == "requests" else dict(self.tokens)[name]
 
 
-class Permit:
-    """The right to make one call; given back exactly once."""
-
-    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "sampled", "started")
-
-    def __init__(self, amounts: tuple[int, ...], started: float, epoch: int) -> None:
-        self.amounts = amounts
-        """Tokens reserved, one figure per token limit."""
-        self.started = started
-        self.epoch = epoch
-        """The home loop under which it was granted; -1 once it was given back."""
-        self.request: Cell | None = None
-        self.cells: list[Cell] | tuple[()] = ()
-        self.choices = 1
-        self.lease: Lease | None = None
-        self.sampled = False
-        """Whether the time to its first token was judged."""
-
-
 class Allowance:
     """The limits of one bucket and what was spent of them. Knows no queue and never waits."""
 
@@ -87,6 +69,8 @@ class Allowance:
         self.pace = Pace(ramp_s=limits.ramp_s)
         self.learned = LearnedOutput()
         self.in_use = 0
+        self.lent: set[object] = set()
+        """Work under way that makes calls of its own, which may use its slot: it would wait for them for ever."""
         self.pauses = 0
         self._clock = env.clock.monotonic
         self._rng = env.rng
@@ -112,7 +96,7 @@ class Allowance:
 
     def opens_at(self, now: float) -> float:
         """When one more request fits (its tokens and unit apart); infinity while no slot is free."""
-        if self.aimd is not None and self.in_use >= self.aimd.limit:
+        if self.aimd is not None and self.in_use >= self.aimd.limit + len(self.lent):
             return inf
         opens = self.pace.opens_at(now, self.in_use)
         if self.requests is not None and not self.requests.fits(1, now):
@@ -168,11 +152,11 @@ class Allowance:
 
     def predict(self, amounts: tuple[int, ...], ahead: int, now: float) -> float:
         """A time before which a call with that many ahead of it surely gets no permit (slots apart)."""
-        soonest = max(now, self.pace.until)
-        if self.units is not None and self.requests is not None:
-            first = self.requests.when(min(ahead + 1, self.requests.limit), now)
-            soonest = max(soonest, first, self.units.predict(ahead + 1, now))
-        return max(soonest, self.tokens_at(amounts, now))
+        soonest = max(now, self.pace.until, self.tokens_at(amounts, now))
+        if self.units is None or self.requests is None:
+            return soonest
+        first = self.requests.when(min(ahead + 1, self.requests.limit), now)
+        return max(soonest, first, self.units.predict(ahead + 1, now))
 
     # -- giving back --------------------------------------------------------------------------------------------
 
@@ -227,7 +211,7 @@ class Allowance:
 
     def overloaded(self, permit: Permit) -> None:
         """The server was too busy for this call: fewer at once from now on."""
-        if self.aimd is not None and self.limits.slots is not None and self.limits.slots[0] < self.limits.slots[2]:
+        if self.aimd is not None and self.aimd.floor < self.aimd.ceiling:
             self.aimd.overloaded(permit.started, self._clock())
 
     def _spent(self, permit: Permit, usage: Usage, *, well: bool) -> list[int]:
@@ -314,6 +298,7 @@ class Allowance:
         """The loop died: its calls are gone, records stay."""
         self._epoch += 1
         self.in_use = 0
+        self.lent.clear()
         if self.units is not None:
             self.units.renew(self.limits.burst)
         if self.leases is not None:

@@ -129,3 +129,10 @@ class Bound:
     def gauges(self) -> dict[str, object]:
         """Readings of the moment for `get_performance_stats()["layers"]`, from any thread."""
         return {}
+
+
+def endpoint_below(inner: Handler) -> Handler:
+    """What the innermost of some bound layers asks."""
+    while isinstance(inner, Bound):
+        inner = inner.inner
+    return inner

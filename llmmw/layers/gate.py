@@ -16,7 +16,7 @@ from weakref import ref
 from llmmw.algo.due import Due
 from llmmw.algo.queue import Entry, FairQueue
 from llmmw.errors import Closed, RateLimited
-from llmmw.layers.allowance import Allowance, Limits, Permit
+from llmmw.layers.allowance import Allowance, Limits
 from llmmw.layers.leases import Leases
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmmw.answer import Usage
     from llmmw.call import Call
     from llmmw.env import Env
+    from llmmw.layers.permit import Permit
     from llmmw.layers.shared import SharedCounter
     from llmmw.stores.counter import CounterStore
 

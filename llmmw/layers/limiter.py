@@ -21,11 +21,12 @@ from llmmw.algo.headers import feedback
 from llmmw.algo.throttle import LOCAL_RAMP_PERIOD_S
 from llmmw.answer import NO_USAGE, Usage
 from llmmw.call import Reply
+from llmmw.endpoints.running import run_inside
 from llmmw.errors import ConfigError, DeadlineExceeded, RateLimited, UpstreamTimeout
 from llmmw.events import LimiterPaused, LimiterWaited, RefusedEarly
 from llmmw.fault import FaultKind
 from llmmw.interrupt import is_unsent
-from llmmw.layers.base import Bound
+from llmmw.layers.base import Bound, endpoint_below
 from llmmw.layers.firsttoken import FirstToken
 from llmmw.layers.gate import Gate, Waiting, late
 from llmmw.stream import at_end
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     from llmmw.algo.queue import Flow
     from llmmw.call import Call, Handler
     from llmmw.env import Env
-    from llmmw.layers.allowance import Limits, Permit
+    from llmmw.layers.allowance import Limits
     from llmmw.layers.limit import RateLimiter
+    from llmmw.layers.permit import Permit
     from llmmw.stream import End
 
 _BUSY = frozenset({503, 529})
@@ -58,6 +60,7 @@ class BoundLimiter(Bound):
         self._layer = layer
         self._limits = self._limits_of(layer)
         self._gates: OrderedDict[object, Gate] = OrderedDict()
+        self._endpoint = endpoint_below(inner)
         self._counter = None if layer.shared is None else layer.shared.open()
         self._ignored = 0
         self._estimated = 0
@@ -69,6 +72,10 @@ class BoundLimiter(Bound):
             RateLimited: no permit can come before the call's deadline, or it needs more tokens than the limit.
         """
         gate = self._gate(call)
+        around = run_inside(self._endpoint)
+        if around is not None and around not in gate.allowance.lent:
+            gate.allowance.lent.add(around)
+            around.at_end(partial(gate.allowance.lent.discard, around))
         amounts, choices = self._needs(gate, call) if gate.allowance.tokens else ((), 1)
         permit = gate.admit(amounts) or await self._wait(gate, call, amounts)
         permit.choices = choices
