@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import warnings
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from llmmw.events import ConnectionOpened, ConnectionReused
 from llmmw.interrupt import mark_unsent
 from llmmw.pool.body import ACCEPT_ENCODING, Body, Inflater
 from llmmw.pool.engine import EngineOptions, Exchange, Lost
+from llmmw.pool.engines import make_engine
 from llmmw.pool.fleet import Fleet
 from llmmw.pool.guard import check_headers, check_url, origin_of
 from llmmw.pool.limits import Patience, limits_of
@@ -29,8 +31,10 @@ from llmmw.settings import seconds
 from llmmw.wire import HOP_BY_HOP, HTTPRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmmw.env import Env
-    from llmmw.pool.engine import RawResponse
+    from llmmw.pool.engine import Engine, RawResponse
     from llmmw.pool.fleet import Generation
     from llmmw.pool.guard import Guard
     from llmmw.pool.pool import ConnectionPool
@@ -55,9 +59,21 @@ class BoundPool:
     """Sends requests over pooled connections; lives on one event loop at a time.
 
     Coming from another loop, or from a forked child, it forgets its sockets and starts afresh.
+
+    Args:
+        settings: how connections are made and kept.
+        env: clock and event sinks.
+        guard: where requests may go.
+        make: makes the engine, where it is none of those that the settings name.
     """
 
-    def __init__(self, settings: ConnectionPool, env: Env, guard: Guard) -> None:
+    def __init__(
+        self,
+        settings: ConnectionPool,
+        env: Env,
+        guard: Guard,
+        make: Callable[[EngineOptions], Engine] | None = None,
+    ) -> None:
         self.settings = settings
         self._env = env
         self._guard = guard
@@ -73,6 +89,7 @@ class BoundPool:
             trust_env=settings.trust_env,
             http2=settings.http2,
         )
+        self._make = functools.partial(make_engine, settings.engine) if make is None else make
         self._fleet: Fleet | None = None
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
@@ -161,7 +178,7 @@ class BoundPool:
             if fleet is not None:
                 fleet.drop()
             limit = self.settings.max_connections
-            fleet = self._fleet = Fleet(self.settings.engine, self._options, self._env, limit, self._age_s)
+            fleet = self._fleet = Fleet(self._make, self._options, self._env, limit, self._age_s)
         return fleet
 
     async def _send(self, fleet: Fleet, request: HTTPRequest, way: _Way) -> tuple[Generation, RawResponse, Exchange]:

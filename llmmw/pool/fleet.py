@@ -9,10 +9,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from llmmw.errors import Closed, PoolTimeout
-from llmmw.pool.engines import make_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from llmmw.env import Env
     from llmmw.pool.engine import Engine, EngineOptions
@@ -39,9 +38,14 @@ class Fleet:
     """Engines and slots on the loop that runs when it is made."""
 
     def __init__(
-        self, engine: str, options: EngineOptions, env: Env, max_connections: int, max_age_s: float | None
+        self,
+        make: Callable[[EngineOptions], Engine],
+        options: EngineOptions,
+        env: Env,
+        max_connections: int,
+        max_age_s: float | None,
     ) -> None:
-        self._engine_name = engine
+        self._make = make
         self._options = options
         self._env = env
         self._max_age_s = max_age_s
@@ -137,7 +141,7 @@ class Fleet:
             self.retire(current)
             current = None
         if current is None:
-            current = self._current = Generation(make_engine(self._engine_name, self._options), now)
+            current = self._current = Generation(self._make(self._options), now)
             self._generations.add(current)
         current.active += 1
         return current

@@ -16,8 +16,8 @@ from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, Closed, ConfigError, MissingExtra, StaleConnection
 from llmmw.events import ConnectionOpened
 from llmmw.pool import BoundPool, ConnectionPool
+from llmmw.pool import bound as bound_module
 from llmmw.pool import engines as engines_module
-from llmmw.pool import fleet as fleet_module
 from llmmw.pool.engine import Lost, as_utf8
 from llmmw.testing import manual_time
 from llmmw.testing.rawserver import RawServer, answer_bytes, hang_up, say
@@ -138,7 +138,7 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(fleet_module, "make_engine", lambda name, options: Scripted())
+    monkeypatch.setattr(bound_module, "make_engine", lambda name, options: Scripted())
     Scripted.made = []
     Scripted.script = []
     return Scripted
