@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 from llmmw.env import SYSTEM_CLOCK
 from llmmw.stores import place
 from llmmw.stores.iothread import IOThread
+from llmmw.stores.schema import is_broken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,8 +125,8 @@ class FileCounter:
                 raise
         except (sqlite3.Error, OSError) as error:
             self._close()  # whatever is there next time is looked at anew
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-                place.quarantine(self._directory, SYSTEM_CLOCK.wall(), database=_FILE)
+            if is_broken(error):
+                place.quarantine(self._directory, SYSTEM_CLOCK.wall(), database=_FILE, only=self._file)
             raise
         return result
 

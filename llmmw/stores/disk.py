@@ -10,11 +10,11 @@ import asyncio
 import atexit
 import contextlib
 import os
-import threading
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmmw.stores.backlog import MAX_BYTES, Backlog, Nothing
 from llmmw.stores.iothread import FLUSH_S, IOThread
 from llmmw.stores.keeper import Keeper
 from llmmw.stores.lease import Leases
@@ -35,17 +35,7 @@ T = TypeVar("T")
 READ_BUDGET_S = 0.05
 OPEN_BUDGET_S = 0.5
 """For reads that come before the database is open: importing and opening take about 50 ms, once."""
-MAX_PENDING = 1024
-MAX_PENDING_BYTES = 64 * 1024 * 1024
 _MAX_SHARE = 0.1
-_DELETED: Final = None
-
-
-class _Nothing:
-    """Says that nothing of a key waits to be written; None says that its deletion does."""
-
-
-_NOTHING = _Nothing()
 
 _stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 _ending: list[IOThread] = []
@@ -88,10 +78,7 @@ class DiskStore:
         self._thread: IOThread | None = None
         self._finalizer: weakref.finalize[[], DiskStore] | None = None
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._pending: dict[bytes, Entry | None] = {}
-        self._pending_bytes = 0
-        self._discards = 0
+        self._backlog = Backlog(self._keeper)
         self._mailbox: Mailbox | None = None
         self._asked = 0
         self._served = 0
@@ -100,7 +87,7 @@ class DiskStore:
     @property
     def max_item_bytes(self) -> int:
         """The largest body it takes."""
-        return min(int(self._max_bytes * _MAX_SHARE), MAX_PENDING_BYTES)
+        return min(int(self._max_bytes * _MAX_SHARE), MAX_BYTES)
 
     def _io(self) -> IOThread | None:
         if self._thread is None:
@@ -118,16 +105,16 @@ class DiskStore:
 
     async def get(self, key: bytes, /) -> Entry | None:
         """The entry; None where there is none, or it cannot be had within 50 ms."""
-        waiting = self._pending.get(key, _NOTHING)
-        if not isinstance(waiting, _Nothing):
+        waiting = self._backlog.get(key)
+        if not isinstance(waiting, Nothing):
             return waiting
-        if self._discards or self._keeper.down:
+        if self._backlog.discards or self._keeper.down:
             return None
         return await self.ask(partial(self._read, key))
 
     def _read(self, key: bytes) -> Entry | None:
         entry, broken = self._keeper.get(key)
-        if broken and key not in self._pending:
+        if broken and key not in self._backlog:
             self.delete(key)
         return entry
 
@@ -168,70 +155,25 @@ class DiskStore:
         """Write in the background; dropped and counted while too much waits, or once the lease is lost."""
         if self._closed or self._keeper.given_up:
             return
-        size = len(entry.data)
-        too_many = len(self._pending) >= MAX_PENDING or self._pending_bytes + size > MAX_PENDING_BYTES
-        io = None if too_many else self._io()
-        if io is None:
+        io = self._io()
+        write = None if io is None else self._backlog.put(key, entry, keep_s, None if lease is None else lease.write)
+        if io is None or write is None:
             self._keeper.trouble("write dropped")
-            return
-        self._note(key, entry)
-        io.write(partial(self._write, key, entry, keep_s, lease))
-
-    def _write(self, key: bytes, entry: Entry, keep_s: float, lease: Lease | None) -> bool:
-        if self._pending.get(key) is not entry:
-            return True  # a later write or deletion of this key is queued behind
-        write = partial(self._keeper.set, key, entry, keep_s)
-        if not (write() if lease is None else lease.write(write)):
-            return False
-        self._settle(key, entry)
-        return True
+        else:
+            io.write(write)
 
     def delete(self, key: bytes, /) -> None:
         """Delete in the background; later reads do not see it. From any thread."""
-        if not self._closed and not self._keeper.given_up and (io := self._io()) is not None:
-            self._note(key, _DELETED)
-            io.write(partial(self._delete, key))
-
-    def _delete(self, key: bytes) -> bool:
-        if key in self._pending and self._pending[key] is not _DELETED:
-            return True
-        if not self._keeper.delete(key):
-            return False
-        self._settle(key, _DELETED)
-        return True
+        io = None if self._closed or self._keeper.given_up else self._io()
+        if io is not None and (write := self._backlog.delete(key)) is not None:
+            io.write(write)
 
     def discard(self, match: Match, /) -> None:
         """Delete in the background what matches; until that is done, nothing is read from disk."""
         io = None if self._closed or self._keeper.given_up else self._io()
-        if io is None:
-            return
-        with self._lock:
-            for key, entry in self._pending.items():
-                if entry is not None and match.fits(entry):
-                    self._pending[key] = _DELETED
-                    self._pending_bytes -= len(entry.data)
-                    io.write(partial(self._delete, key))
-            self._discards += 1
-        io.write(partial(self._discard, match))
-
-    def _discard(self, match: Match) -> bool:
-        if not self._keeper.discard(match):
-            return False
-        with self._lock:
-            self._discards -= 1
-        return True
-
-    def _note(self, key: bytes, entry: Entry | None) -> None:
-        with self._lock:
-            former = self._pending.get(key)
-            self._pending_bytes += (len(entry.data) if entry else 0) - (len(former.data) if former else 0)
-            self._pending[key] = entry
-
-    def _settle(self, key: bytes, entry: Entry | None) -> None:
-        with self._lock:
-            if key in self._pending and self._pending[key] is entry:
-                del self._pending[key]
-                self._pending_bytes -= len(entry.data) if entry else 0
+        if io is not None:
+            for write in self._backlog.discard(match):
+                io.write(write)
 
     def rehome(self) -> None:
         """In a forked child: a new thread and a new handle; what the parent had queued, the parent writes."""
@@ -280,14 +222,13 @@ class DiskStore:
         return thread if os.getpid() == self._pid else None
 
     def _count_losses(self) -> None:
-        with self._lock:
-            left = len(self._pending)
+        left = len(self._backlog)
         if left:
             self._keeper.trouble("write dropped", f"{left} cached answers could not be written before the cache closed")
 
     def gauges(self) -> dict[str, object]:
         """What waits to be written, and whether the disk works."""
-        return {"disk": self._keeper.state, "waiting writes": len(self._pending)}
+        return {"disk": self._keeper.state, "waiting writes": len(self._backlog)}
 
 
 def _each(*acts: Callable[[], None]) -> None:

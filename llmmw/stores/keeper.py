@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmmw.events import CacheTrouble, Warned
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import DATABASE, Refused, check, identity, prepare, quarantine
-from llmmw.stores.schema import BadRow, Corrupt, Unsealable, is_busy, is_full
+from llmmw.stores.schema import BadRow, Unsealable, is_broken, is_busy, is_full
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ _WARNINGS = {
 
 
 class Keeper:
-    """Keeps a database open while that works. Everything but `trouble` and `down` runs on the I/O thread."""
+    """Keeps a database open while that works. Everything but `trouble`, `give_up` and `down` runs on the I/O thread."""
 
     def __init__(self, directory: Path, env: Env, *, max_bytes: int, codec: Codec | None, network: bool) -> None:
         self._directory = directory
@@ -182,8 +182,7 @@ class Keeper:
                     raise OSError("the database was exchanged while it was opened")  # noqa: TRY301 — as if not there
         except Refused as error:
             self.close()
-            self.given_up = True
-            self.trouble("refused", f"the cache directory is not used: {error}")
+            self.give_up(str(error))
         except Exception as error:  # noqa: BLE001 — see get
             self._failed(error)
         self.opened = True
@@ -192,7 +191,7 @@ class Keeper:
     def _write_failed(self, error: Exception) -> None:
         if isinstance(error, Unsealable):
             self.trouble("codec", f"the codec cannot seal what is to be written, so it is not written: {error}")
-        elif getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_WRITES:
+        elif getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_WRITES and not is_broken(error):
             self.trouble(
                 "unavailable", f"the cache directory takes no writes now; memory does its job: {_short(error)}"
             )
@@ -205,11 +204,7 @@ class Keeper:
     def _failed(self, error: Exception) -> None:
         """Close, put a broken database aside, and leave the disk alone for a while."""
         self.close()
-        broken = isinstance(error, Corrupt) or (
-            isinstance(error, sqlite3.DatabaseError)
-            and not isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError)
-        )
-        if broken:
+        if is_broken(error):
             self._quarantine(error)
             return
         locked = isinstance(error, BlockingIOError) or is_busy(error)
@@ -229,6 +224,11 @@ class Keeper:
             self._retry.begin()
         if self._quarantines >= _MAX_QUARANTINES:
             self.given_up = True
+
+    def give_up(self, reason: str) -> None:
+        """Leave the disk alone for good. From any thread."""
+        self.given_up = True
+        self.trouble("refused", f"the cache directory is not used: {reason}")
 
     def trouble(self, kind: str, message: str = "") -> None:
         """Count it; with a message, warn once. From any thread."""

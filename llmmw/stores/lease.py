@@ -88,14 +88,15 @@ class Leases:
 
     async def _take(self, key: bytes, lease_s: float, *, followed: bool) -> Standing | None:
         made: list[Standing | None] = []
+        table = self._table  # the jobs must not keep the store alive
 
         def take() -> Standing | None:
-            made.append(self._table.take(key, lease_s, followed=followed))
+            made.append(table.take(key, lease_s, followed=followed))
             return made[0]
 
         def undo() -> bool:
             standing = made[0] if made else None
-            return standing is None or self._table.release(key, standing.fence)
+            return standing is None or table.release(key, standing.fence)
 
         try:
             standing = await self._io.ask(take)
@@ -131,6 +132,8 @@ class Lease:
         self._io = io
         self._key = key
         self.fence = fence
+        self.write: Callable[[Callable[[], bool]], bool] = partial(table.write, key, fence)
+        """Runs a write unless the lease was lost; on the I/O thread. False: not yet. It does not know the store."""
         self._lease_s = lease_s
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -142,10 +145,6 @@ class Lease:
     def _renew(self) -> None:
         self._io.soon(partial(self._table.renew, self._key, self.fence, self._lease_s))
         self._wait()
-
-    def write(self, write: Callable[[], bool]) -> bool:
-        """Run a write unless the lease was lost; on the I/O thread. False: not yet."""
-        return self._table.write(self._key, self.fence, write)
 
     def release(self) -> None:
         """Give it back, after what was written under it."""

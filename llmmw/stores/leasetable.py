@@ -12,8 +12,8 @@ import sqlite3
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from llmmw.events import CacheTrouble, Warned
-from llmmw.stores.place import prepare, quarantine
-from llmmw.stores.schema import connect
+from llmmw.stores.place import identity, prepare, quarantine
+from llmmw.stores.schema import connect, is_broken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -61,6 +61,8 @@ class Table:
         self._env = env
         self._network = network
         self._connection: sqlite3.Connection | None = None
+        self._file = (0, 0)
+        """Which file is open."""
         self._owner = ""
         self._retry_at = float("-inf")
         self._told = False
@@ -159,7 +161,7 @@ class Table:
     def _do(self, work: Callable[[sqlite3.Connection], T], *, broken: T, busy: T) -> T:
         """What the work returns; what goes wrong is dealt with here. `busy`: another process holds the lock."""
         try:
-            connection = self._connection or self._open()
+            connection = self._current()
             return broken if connection is None else work(connection)
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
@@ -169,10 +171,20 @@ class Table:
             self._failed(error)
         return broken
 
+    def _current(self) -> sqlite3.Connection | None:
+        """The table; opened anew where another file has taken its place, for a deleted one is shared with nobody."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                if identity(self._directory) == self._file:
+                    return self._connection
+            self.rest()
+        return self._open()
+
     def _open(self) -> sqlite3.Connection | None:
         if self._env.clock.monotonic() < self._retry_at:
             return None
         prepare(self._directory, network=self._network)
+        self._file = identity(self._directory)
         connection = connect(self._directory, _OPEN_S)
         try:
             for pragma in ("journal_mode = wal", "synchronous = off"):
@@ -194,9 +206,9 @@ class Table:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+        if is_broken(error):
             with contextlib.suppress(OSError):
-                quarantine(self._directory, self._env.clock.wall())
+                quarantine(self._directory, self._env.clock.wall(), only=self._file)
         self._retry_at = self._env.clock.monotonic() + _RETRY_S
         self._env.emit(CacheTrouble("lease"))
         if not self._told:

@@ -67,6 +67,17 @@ def is_full(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
 
+def is_broken(error: Exception) -> bool:
+    """Whether the database is damaged, so that trying again cannot help.
+
+    A short read is: a log shorter than its index says, because somebody deleted or cut it while others had it open.
+    Those go on with what they have open, so whoever opens the database anew would fail for as long as they live.
+    """
+    if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
+        return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ
+    return isinstance(error, Corrupt | sqlite3.DatabaseError)
+
+
 def connect(directory: Path, timeout_s: float) -> sqlite3.Connection:
     """A connection to an existing database that runs nothing it finds there; busy is an error after `timeout_s`.
 

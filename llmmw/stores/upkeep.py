@@ -17,7 +17,7 @@ from llmmw.env import ambient_clock
 from llmmw.errors import LLMMWError
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import DATABASE, Refused, check, quarantine, quarantined
-from llmmw.stores.schema import Corrupt, connect, inspect
+from llmmw.stores.schema import Corrupt, connect, inspect, is_broken
 
 if TYPE_CHECKING:
     import os
@@ -131,12 +131,12 @@ def _explained(place: Path) -> Generator[None]:
         yield
     except Refused as error:
         raise Unusable(str(error)) from None
-    except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
+    except (sqlite3.Error, Corrupt, OSError) as error:
+        if is_broken(error):
+            raise _Broken(f"the cache in {place} is broken ({error}); `clear` removes it") from error
         is_locked = isinstance(error, BlockingIOError) or "locked" in str(error)
         reason = "another program holds it locked" if is_locked else str(error)
         raise Unusable(f"the cache in {place} cannot be used: {reason}") from error
-    except (sqlite3.DatabaseError, Corrupt) as error:
-        raise _Broken(f"the cache in {place} is broken ({error}); `clear` removes it") from error
 
 
 @contextlib.contextmanager

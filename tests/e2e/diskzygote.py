@@ -60,7 +60,7 @@ class Worker:
             self.told.append(event.kind)
 
     async def drained(self, left=0):
-        while len(self.store._pending) > left:
+        while len(self.store._backlog) > left:
             await asyncio.sleep(0)
 
     async def write_for_ever(self):

@@ -66,7 +66,7 @@ class Rig:
         return [event.kind for event in self.told if isinstance(event, ev.Warned)]
 
     async def written(self):
-        await until(lambda: not self.store._pending)
+        await until(lambda: not self.store._backlog)
 
     async def put(self, number, data=b"answer"):
         """Written, or dropped for good."""
@@ -81,8 +81,10 @@ class Rig:
 @asynccontextmanager
 async def opened(place, **options):
     rig = Rig(place, **options)
-    yield rig
-    await rig.store.aclose()
+    try:
+        yield rig
+    finally:
+        await rig.store.aclose()
 
 
 def cached(place):
@@ -421,6 +423,22 @@ async def test_what_is_no_database_any_more_is_put_aside_by_one_of_those_who_hav
         assert [await rig.store.get(key(10 + number)) is not None for number in range(4)] == [True] * 4
         await rig.store.aclose()
     assert len(list(place.glob("cache.db.corrupt-*"))) == 1
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda log: os.truncate(log, 0)], ids=["deleted", "emptied"])
+async def test_a_log_gone_under_those_who_have_it_open_keeps_nobody_out_for_ever(place, spoil):
+    # Its index still says what is in it, as long as anybody has it open: whoever comes would wait for that one's end.
+    async with opened(place) as idle, opened(place) as newcomer:
+        for number in range(20):
+            await idle.put(number, b"%d" % number * 500)
+        spoil(place / "cache.db-wal")
+        await newcomer.store.get(key(1))
+        await newcomer.recovered()
+        await newcomer.put(100)
+        assert await newcomer.store.get(key(100)) is not None
+        assert await idle.store.get(key(100)) is not None
+        assert newcomer.troubles() == ["corrupt"]
+        assert idle.troubles() == ["replaced"]
 
 
 async def test_a_link_put_in_its_place_is_not_followed(place):

@@ -154,6 +154,21 @@ async def test_a_file_that_is_none_is_put_aside(tmp_path):
     assert [path for path in tmp_path.iterdir() if ".corrupt-" in path.name]
 
 
+async def test_a_log_gone_under_those_who_have_it_open_keeps_nobody_out_for_ever(tmp_path):
+    one, two = (FileCounter(str(tmp_path / "d"), 1.0) for _ in range(2))
+    for _ in range(3):
+        await one.update(b"b", add)
+    (tmp_path / "d" / f"{FILE}-wal").unlink()
+    with pytest.raises(sqlite3.OperationalError):
+        await two.update(b"b", add)
+    assert (await two.update(b"b", add))[0] == 1
+    with pytest.raises(FileNotFoundError):
+        await one.update(b"b", add)
+    assert (await one.update(b"b", add))[0] == 2
+    await one.aclose()
+    await two.aclose()
+
+
 async def test_a_file_that_was_exchanged_is_noticed(tmp_path):
     store = FileCounter(str(tmp_path / "d"), 1.0)
     await store.update(b"b", add)

@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from llmmw import events as ev
 from llmmw.env import Env
+from llmmw.stores import backlog as backlog_module
 from llmmw.stores import disk as disk_module
+from llmmw.stores import iothread as iothread_module
 from llmmw.stores import keeper as keeper_module
 from llmmw.stores.base import Match
 from llmmw.stores.disk import DiskStore
@@ -156,7 +159,7 @@ async def test_the_database_stays_below_its_size(place):
 
 async def test_too_much_waiting_is_dropped_and_counted(place, monkeypatch):
     rig = Rig(place)
-    monkeypatch.setattr(disk_module, "MAX_PENDING", 2)
+    monkeypatch.setattr(backlog_module, "MAX_WRITES", 2)
     free = threading.Event()
     rig.store._io().read(free.wait)
     for index in range(4):
@@ -694,6 +697,64 @@ async def test_a_store_that_is_dropped_unclosed_ends_its_thread(place):
     assert dropped() is None
     await asyncio.to_thread(thread.join, 10)
     assert not thread.is_alive()
+
+
+async def test_a_store_that_is_dropped_while_nothing_can_be_written_ends_its_thread(place, monkeypatch):
+    monkeypatch.setattr(iothread_module, "FLUSH_S", 0.0)
+    rig = Rig(place)
+    await stored(place)
+    assert await rig.store.get(KEY) is not None
+    rig.store._keeper._writes.until = float("inf")
+    rig.store.delete(KEY)
+    rig.store.discard(Match("tag", "t"))
+    thread = rig.store._thread._thread
+    dropped = weakref.ref(rig.store)
+    del rig
+    gc.collect()
+    assert dropped() is None
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive()
+
+
+async def test_a_write_under_a_lease_that_waits_for_ever_does_not_keep_the_store(place, monkeypatch):
+    monkeypatch.setattr(iothread_module, "FLUSH_S", 0.0)
+    rig = Rig(place)
+    lease, found = await rig.store.leases.claim(KEY, 30.0, partial(rig.store.get, KEY))
+    assert found is None
+    lock = Lock(place)
+    rig.store.put(KEY, entry(), 60, lease)
+    lease.release()
+    thread = rig.store._thread._thread
+    dropped = weakref.ref(rig.store)
+    del rig, lease
+    gc.collect()
+    assert dropped() is None
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive()
+    lock.release()
+
+
+async def test_deletions_that_can_never_be_done_are_bounded_and_what_they_meant_is_not_read(place, monkeypatch):
+    monkeypatch.setattr(backlog_module, "MAX_DELETIONS", 100)
+    pairs = [(b"%032d" % number, entry()) for number in range(3)]
+    await stored(place, *pairs)
+    rig = Rig(place)
+    assert await rig.store.get(pairs[0][0]) is not None
+    rig.store._keeper._writes.until = float("inf")
+    for number in range(100):
+        rig.store.delete(b"%032d" % (number % 50))
+        rig.store.delete(b"%032d" % (number % 50))
+    assert rig.store.gauges()["waiting writes"] == 50
+    assert rig.troubles() == []
+    for number in range(1_000):
+        rig.store.delete(b"%032d" % number)
+        rig.store.discard(Match("tag", "t"))
+    assert rig.store.gauges()["disk"] == "down"
+    assert rig.troubles() == ["refused"]
+    assert rig.warnings() == ["cache: refused"]
+    assert await rig.store.get(pairs[0][0]) is None
+    await rig.store.aclose()
+    assert rig.store.gauges()["waiting writes"] == 0
 
 
 def test_what_is_queued_when_the_process_ends_is_written(place):

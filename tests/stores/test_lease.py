@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import sqlite3
 
 import pytest
@@ -16,7 +17,7 @@ from llmmw.events import CacheTrouble, Warned
 from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
 from llmmw.stores import disk as disk_module
-from llmmw.stores.leasetable import FOLDER
+from llmmw.stores.leasetable import FOLDER, Table
 from llmmw.testing.fake import FakeUpstream, chat_body, chat_call, chat_chunks
 
 
@@ -273,6 +274,31 @@ async def test_a_close_gives_leases_back(place):
     await one.cache.aclose()
     assert leases(place) == []
     await one.coalescer.aclose()
+
+
+def delete_folder(place):
+    shutil.rmtree(place / FOLDER)
+
+
+def delete_log(place):
+    (place / FOLDER / "cache.db-wal").unlink()
+
+
+@pytest.mark.parametrize("spoil", [delete_folder, delete_log])
+def test_a_lease_table_deleted_while_it_is_open_is_soon_shared_again(place, spoil):
+    env = Env()
+    one, two = (Table(place, env, network=False) for _ in range(2))
+    (place / FOLDER).mkdir(parents=True, mode=0o700)
+    for key in (b"1", b"2"):
+        assert one.take(key, 30.0, followed=False).how == "taken"
+    spoil(place)
+    two.take(b"3", 30.0, followed=False)  # finds out
+    two._retry_at = 0.0
+    assert two.take(b"k", 30.0, followed=False).how == "taken"
+    assert one.take(b"k", 30.0, followed=False).how == "held"
+    one.close()
+    assert two.take(b"k", 30.0, followed=False).how == "taken"
+    two.close()
 
 
 async def test_a_broken_lease_table_is_put_aside_and_costs_a_duplicate_at_most(place):

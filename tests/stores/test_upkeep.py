@@ -135,6 +135,16 @@ def test_a_broken_database_is_named_and_clearing_removes_it(place, spoil):
     assert usage(place) == DiskUsage()
 
 
+def test_a_log_gone_under_a_program_that_has_it_open_is_a_broken_database(place):
+    rows = fill(place)
+    (place / "cache.db-wal").unlink()
+    with pytest.raises(Unusable, match="`clear` removes it"):
+        usage(place)
+    assert clear(place) == 0
+    assert list(place.iterdir()) == []
+    rows.close()
+
+
 def test_a_lock_held_for_too_long_is_named(place, monkeypatch):
     monkeypatch.setattr(upkeep, "_PATIENCE_S", 0.01)
     fill(place).close()
