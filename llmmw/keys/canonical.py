@@ -96,7 +96,7 @@ def tagged_form(head: tuple[object, ...], body: Mapping[str, Any]) -> bytes:
     Raises:
         Uncacheable: no injective form.
     """
-    tree = _tagged(dict(body), 0, ordered=False)
+    tree = ["dict", *_pairs(body, 0, ordered=False)]
     try:
         return _encode_ordered(("tagged", *head, tree))
     except UnicodeEncodeError:
@@ -212,12 +212,17 @@ def _tagged(value: object, depth: int, *, ordered: bool) -> object:
     return _tagged_object(value, depth)
 
 
-def _pairs(mapping: Mapping[Any, Any], depth: int, *, ordered: bool) -> Iterable[object]:
+def _pairs(mapping: Mapping[Any, Any], depth: int, *, ordered: bool) -> list[object]:
     for name in mapping:
         if type(name) is not str:
             raise Uncacheable("mapping key that is not text")
+    found: list[object] = []
     for name in mapping if ordered else sorted(mapping):
-        yield [name, _tagged(mapping[name], depth + 1, ordered=ordered or name in SCHEMA_FIELDS)]
+        value = mapping[name]
+        if type(value) not in SCALARS:  # most arguments are, and every call passes through here
+            value = _tagged(value, depth + 1, ordered=ordered or name in SCHEMA_FIELDS)
+        found.append([name, value])
+    return found
 
 
 def _tagged_object(value: object, depth: int) -> object:

@@ -162,10 +162,11 @@ class Sharing:
             Uncacheable: the request has no key.
         """
         sampling = self.sampling
-        if sampling == "deterministic" and not is_deterministic(call):
+        told_apart = sampling != "share" and not is_deterministic(call)
+        if told_apart and sampling == "deterministic":
             return NOT_SHARED
         base = key_of(call, remote_content=self.remote_content)
-        if sampling != "lanes" or is_deterministic(call):
+        if not told_apart:
             return Draw(base, base)
         return self._lanes.draw(base, call.context.agent, call.context.sample)
 
