@@ -1,6 +1,7 @@
 """How many calls may be under way at once: additive increase, multiplicative decrease (the rule of TCP Reno).
 
-Only overload moves the limit down. Latency does not: it follows the length of the outputs (SPEC limit-13).
+Only overload, and a queue that the server itself reports, move the limit down. Latency does not: it follows the length
+of the outputs (SPEC limit-13).
 """
 
 from __future__ import annotations
@@ -8,16 +9,23 @@ from __future__ import annotations
 _CUT = 0.7
 """Cut to this share: deeper than TCP CUBIC's because a 429 is an explicit refusal, milder than a half because many
 429s come from a per-minute quota, where fewer calls at once change nothing."""
+_ROOM = 8
+"""An eighth of the limit, at least 2, may wait in the server's queue: enough to fill the places that come free in one
+step of its engine. The limit moves by at most as much at a time, so no step leads past the band between an empty queue
+and a full one, and the limit comes to rest there."""
+_LEAST_SHARE = 8
+"""A queue takes no more than seven eighths of the start: what waits may be the calls of somebody who never yields."""
 
 
 class Aimd:
     """A concurrency limit between `floor` and `ceiling`."""
 
-    __slots__ = ("_clean", "_cut_at", "_limit", "_ramping", "ceiling", "floor")
+    __slots__ = ("_clean", "_cut_at", "_least", "_limit", "_ramping", "ceiling", "floor")
 
     def __init__(self, floor: int, start: int, ceiling: int) -> None:
         self.floor = floor
         self.ceiling = ceiling
+        self._least = max(floor, start // _LEAST_SHARE)
         self._limit = float(start)
         self._clean = 0
         self._cut_at = float("-inf")
@@ -53,8 +61,26 @@ class Aimd:
         self._limit = max(float(self.floor), int(self._limit * _CUT))
         return True
 
+    def queued(self, waiting: int, in_use: int) -> None:
+        """The server had so many calls in its queue when it answered one of the `in_use` under way here.
+
+        An empty queue lets more through where every slot is taken; a long one fewer, once an earlier change has taken
+        effect, and only where the calls under way here are many enough to be what waits.
+        """
+        limit = self.limit
+        room = max(2, limit // _ROOM)
+        if waiting == 0:
+            if in_use >= limit:
+                self._limit = min(self._limit + room, float(self.ceiling))
+            return
+        self._ramping = False
+        self._clean = 0
+        if waiting > room and limit <= 2 * in_use and in_use <= limit:
+            lowered = limit - min(waiting - room, room)
+            self._limit = float(max(lowered, min(limit, self._least)))
+
     def bounds(self, floor: int, start: int, ceiling: int) -> None:
         """New bounds while running; the limit moves only where they force it, or starts again from a new `start`."""
         fresh = (floor, ceiling) != (self.floor, self.ceiling)
-        self.floor, self.ceiling = floor, ceiling
+        self.floor, self.ceiling, self._least = floor, ceiling, max(floor, start // _LEAST_SHARE)
         self._limit = float(start) if fresh else max(float(floor), min(self._limit, float(ceiling)))

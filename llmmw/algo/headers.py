@@ -2,7 +2,8 @@
 
 Spellings read: `retry-after` (seconds, duration or HTTP date), `retry-after-ms`, Gemini's `google.rpc.RetryInfo`;
 OpenAI, Azure and Groq `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; Anthropic
-`anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}`. vLLM says nothing.
+`anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}`. vLLM says nothing of these,
+but, where it is asked, how long its queue is (`load.py`).
 What cannot be read is ignored and counted, because proxies send garbage: Azure a remaining of -1 and a reset of 0.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from llmmw.algo.load import LOAD_HEADER, load_of_header
 from llmmw.answer import items, mapping
 
 if TYPE_CHECKING:
@@ -52,10 +54,12 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Feedback(msgspec.Struct, frozen=True):
-    """All readings of one response, and how many values in it were garbage."""
+    """All readings of one response, how many values in it were garbage, and how long the server's queue is."""
 
     readings: tuple[Reading, ...] = ()
     ignored: int = 0
+    waiting: int | None = None
+    """Sequences in the server's queue, where it says so."""
 
 
 NO_FEEDBACK = Feedback()
@@ -69,14 +73,16 @@ def feedback(headers: Iterable[tuple[str, str]], wall: float) -> Feedback:
         wall: seconds since 1970, against which dates are read when the response has no usable Date.
     """
     found: dict[str, str] = {}
-    date = None
+    date = waiting = None
     for name, value in headers:
         if name.startswith(_PREFIXES):
             found.setdefault(name, value)
         elif name == "date" and date is None:
             date = value
+        elif name == LOAD_HEADER and waiting is None:
+            waiting = load_of_header(value).waiting
     if not found:
-        return NO_FEEDBACK
+        return NO_FEEDBACK if waiting is None else Feedback(waiting=waiting)
     readings: dict[Measure, dict[str, float]] = {}
     ignored = 0
     for name, text in found.items():
@@ -89,7 +95,7 @@ def feedback(headers: Iterable[tuple[str, str]], wall: float) -> Feedback:
             ignored += 1
         else:
             readings.setdefault(measure, {})[field] = reading
-    return Feedback(tuple(_reading(measure, fields) for measure, fields in readings.items()), ignored)
+    return Feedback(tuple(_reading(measure, fields) for measure, fields in readings.items()), ignored, waiting)
 
 
 def retry_after(headers: Iterable[tuple[str, str]], body: object, wall: float) -> float | None:

@@ -60,3 +60,102 @@ def test_limit_13_always_within_its_bounds(events):
         else:
             aimd.succeeded(saturated=event == "good")
         assert 2 <= aimd.limit <= 9
+
+
+# ── the server's own queue ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settle(aimd, places, others=0, rounds=400):
+    """Every slot taken, `places` sequences run at the server, the rest (and `others`) wait; the limits passed."""
+    passed = []
+    for _ in range(rounds):
+        waiting = max(0, aimd.limit + others - places)
+        aimd.queued(waiting, in_use=aimd.limit)
+        passed.append(aimd.limit)
+    return passed
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(places=st.integers(1, 600), floor=st.integers(1, 40), more=st.integers(0, 200), yet_more=st.integers(0, 500))
+def test_it_settles_at_the_servers_places_and_a_small_queue(places, floor, more, yet_more):
+    start = floor + more
+    aimd = Aimd(floor, start, start + yet_more)
+    passed = settle(aimd, places)
+    at_rest = passed[-50:]
+    assert len({*at_rest}) == 1, "it does not swing"
+    least, most = max(floor, start // 8), start + yet_more
+    wanted = min(max(places, least), most)
+    assert wanted <= at_rest[-1] <= max(wanted, min(most, places + max(2, at_rest[-1] // 8)))
+    assert all(least <= limit <= most for limit in passed)
+
+
+def test_a_queue_within_bounds_changes_nothing_but_ends_growth():
+    aimd = Aimd(4, 64, 256)
+    aimd.queued(8, in_use=64)
+    assert aimd.limit == 64
+    for _ in range(63):
+        aimd.succeeded(saturated=True)
+    aimd.queued(1, in_use=64)
+    aimd.succeeded(saturated=True)
+    assert aimd.limit == 64, "a full window without a queue is needed"
+    for _ in range(63):
+        aimd.succeeded(saturated=True)
+    assert aimd.limit == 65
+
+
+def test_an_empty_queue_lets_more_through_only_where_every_slot_is_taken():
+    aimd = Aimd(4, 64, 256)
+    aimd.queued(0, in_use=63)
+    assert aimd.limit == 64
+    aimd.queued(0, in_use=64)
+    assert aimd.limit == 72
+    aimd.queued(0, in_use=64)
+    assert aimd.limit == 72, "the change has not taken effect yet"
+
+
+def test_each_cut_waits_until_the_last_one_has_taken_effect():
+    aimd = Aimd(4, 64, 64)
+    for in_use in range(64, 56, -1):
+        aimd.queued(50, in_use)
+    assert aimd.limit == 56
+    aimd.queued(50, in_use=56)
+    assert aimd.limit == 49
+
+
+def test_a_queue_of_others_calls_changes_nothing():
+    aimd = Aimd(4, 64, 64)
+    aimd.queued(500, in_use=3)
+    aimd.queued(500, in_use=31)
+    assert aimd.limit == 64
+    aimd.queued(500, in_use=32)
+    assert aimd.limit == 56
+
+
+def test_whoever_never_yields_takes_no_more_than_seven_eighths():
+    assert settle(Aimd(1, 64, 64), places=8, others=10_000)[-1] == 8
+    assert settle(Aimd(20, 64, 64), places=8, others=10_000)[-1] == 20
+    refused = Aimd(1, 64, 64)
+    for now in range(20):
+        refused.overloaded(now, now)
+    refused.queued(10_000, in_use=1)
+    assert refused.limit == 1, "a queue never raises the limit"
+
+
+def test_two_clients_share_the_places_without_a_long_queue():
+    one, other = Aimd(1, 64, 256), Aimd(1, 64, 256)
+    for _ in range(8):
+        other.overloaded(_, _)
+    for turn in range(4000):
+        waiting = max(0, one.limit + other.limit - 100)
+        (one, other)[turn % 2].queued(waiting, (one, other)[turn % 2].limit)
+        for aimd in (one, other):
+            aimd.succeeded(saturated=True)
+    assert 100 <= one.limit + other.limit <= 130
+
+
+def test_new_bounds_hold_for_the_queue_too():
+    aimd = Aimd(1, 64, 64)
+    aimd.bounds(1, 16, 16)
+    assert settle(aimd, places=1)[-1] == 3
+    fixed = Aimd(64, 64, 64)
+    assert settle(fixed, places=1)[-1] == 64
