@@ -222,12 +222,15 @@ class Stack:
             ConfigError: the endpoint is none of these.
         """
         from llmmw.endpoints import as_endpoint  # noqa: PLC0415 — endpoints load their HTTP engine
+        from llmmw.endpoints.base import BatchEndpoint  # noqa: PLC0415 — likewise
 
         env = Env() if env is None else instance("env", env, Env, "Env(seed=1)")
         layers = () if disabled() else self._layers
         routers = [layer for layer in layers if isinstance(layer, ForkingLayer)]
         others = [as_endpoint(other) for router in routers for other in router.targets]
         endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
+        if any(isinstance(each, BatchEndpoint) for each in endpoints):
+            layers = _with_batches(layers)
         bounds: list[tuple[str, Bound]] = []
         handlers: Sequence[Handler] = endpoints
         told = [_capabilities_of(endpoint) for endpoint in endpoints]
@@ -260,6 +263,20 @@ class Stack:
 def _capabilities_of(endpoint: object) -> Callable[[], frozenset[str]]:
     """What an endpoint says of itself whenever it is asked."""
     return lambda: frozenset(getattr(endpoint, "capabilities", ()))
+
+
+def _with_batches(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers with what makes joint requests of a `generate_batch`, where there is no Batcher.
+
+    It stands where a Batcher would, but never around a layer of somebody else's, which expects single calls.
+    """
+    roles = [layer.role for layer in layers]
+    at = next((index for index, role in enumerate(roles) if role in {Role.LIMIT, Role.TIMEOUT}), len(layers))
+    if Role.BATCH in roles or Role.CUSTOM in roles[at:]:
+        return layers
+    from llmmw.layers.batch import PartyBatcher  # noqa: PLC0415 — layers load when they are first needed
+
+    return (*layers[:at], PartyBatcher(), *layers[at:])
 
 
 def _hit_source(bounds: Sequence[tuple[str, Bound]]) -> Bound | None:

@@ -215,9 +215,10 @@ class Plan(Generic[L, K, T]):
             heapq.heappop(self._moments)
         return self._moments[0][0] if self._moments else None
 
-    def drain(self, cause: str, lane: L) -> list[Flush[T]]:
-        """All groups of a lane."""
-        return [self._take(lane, group, cause) for group in list(self._lanes.get(lane, {}).values())]
+    def drain(self, cause: str, lane: L, *, at_least: int = 1) -> list[Flush[T]]:
+        """All groups of a lane, or those with so many items."""
+        groups = list(self._lanes.get(lane, {}).values())
+        return [self._take(lane, group, cause) for group in groups if len(group.members) >= at_least]
 
     def drain_all(self, cause: str, where: Callable[[K], bool] | None = None) -> list[Flush[T]]:
         """All groups of all lanes, or those whose key is accepted."""

@@ -7,8 +7,9 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from llmmw.call import Outcome
+from llmmw.endpoints.batching import outcome_of
 from llmmw.env import ambient_clock
-from llmmw.errors import AmbiguousOutcome, ConfigError
+from llmmw.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -62,6 +63,7 @@ async def outcomes_of(
     items: Iterable[T],
     work: Callable[[T], Awaitable[Outcome]],
     on_progress: Progress | None = None,
+    when_taken: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
     """The outcome of every item, in order.
 
@@ -70,6 +72,7 @@ async def outcomes_of(
         work: gets the outcome of one item; an exception from it is the item's outcome.
         on_progress: called with (done, total) after each item; of an iterable without a length the total is how many
             were taken so far. What it raises ends everything likewise.
+        when_taken: called when the last item has been taken.
     """
     outcomes: list[Outcome] = []
     rest = iter(items)
@@ -86,12 +89,13 @@ async def outcomes_of(
     async def worker(index: int, item: T) -> None:
         nonlocal done
         while True:
-            outcomes[index] = await _outcome(work, item)
+            outcomes[index] = await outcome_of(work, item)
             done += 1
             told()
             try:
                 item = next(rest)
             except StopIteration:
+                when_taken()
                 return
             index = place()
 
@@ -99,18 +103,8 @@ async def outcomes_of(
         async with asyncio.TaskGroup() as group:
             for _, item in zip(range(MAX_TASKS), rest, strict=False):
                 group.create_task(worker(place(), item))
+            if len(outcomes) < MAX_TASKS:
+                when_taken()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return outcomes
-
-
-async def _outcome(work: Callable[[T], Awaitable[Outcome]], item: T) -> Outcome:
-    try:
-        return await work(item)
-    except Exception as error:  # noqa: BLE001 — every item's failure is its outcome
-        return Outcome(error=error)
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        return Outcome(error=AmbiguousOutcome("the call was cancelled, and not by its caller"))

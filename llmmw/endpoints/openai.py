@@ -10,9 +10,10 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 
 from llmmw.answer import NO_USAGE, usage_of
-from llmmw.call import Call, Reply
+from llmmw.call import Call, Outcome, Reply
 from llmmw.endpoints.answers import AnswerStream, as_stream
 from llmmw.endpoints.base import counted
+from llmmw.endpoints.batching import generate_batch
 from llmmw.env import Env
 from llmmw.errors import ConfigError, ProtocolError, UpstreamError, bare
 from llmmw.keys.identity import Asker, asker_of
@@ -24,7 +25,7 @@ from llmmw.wire.secrets import secrets_of
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from llmmw.pool import BoundPool, Response
     from llmmw.wire import Headers
@@ -93,8 +94,8 @@ class HTTPEndpoint:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What layers may rely on: "idempotent" where a duplicate does no harm."""
-        return frozenset({"idempotent"}) if self._duplicate_ok else frozenset()
+        """What layers may rely on: "n" (samples in one request), "idempotent" where a duplicate does no harm."""
+        return frozenset({"n", "idempotent"}) if self._duplicate_ok else frozenset({"n"})
 
     def start(self, env: Env) -> None:
         """The engine's env.
@@ -117,6 +118,10 @@ class HTTPEndpoint:
         except UpstreamError as error:
             # Raised anew from here: the frames below hold the request with its key, and what there was of the answer.
             raise bare(error)  # noqa: B904 — it is the same error
+
+    async def generate_batch(self, calls: Sequence[Call]) -> list[Outcome]:
+        """The outcome of each call, in order; jointly where this endpoint says that it takes that (`capabilities`)."""
+        return await generate_batch(self, calls, self._env)
 
     async def _attempt(self, call: Call) -> Reply:
         request = self._request_for(call)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
+from llmmw.call import Party
 from llmmw.engine.atwork import AtWork
+from llmmw.errors import Closed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +33,12 @@ class OnHome(AtWork):
             return work()
 
         return work() if self._home.loop is None or self._home.is_here() else self._home.run_sync(there)
+
+    def party(self) -> Party | None:
+        """For calls made together on the home loop; None elsewhere: calls that are bridged one by one do not meet."""
+        with contextlib.suppress(Closed):
+            return Party() if self._home.adopt() else None
+        return None
 
     def tick(self) -> None:
         """Every agent of the step has asked: flush what waits for batch mates. From any thread."""

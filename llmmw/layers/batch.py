@@ -12,6 +12,7 @@ from llmmw.errors import QueueFull
 from llmmw.events import RefusedEarly
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.entrance import Entrance
+from llmmw.layers.exchange import JointOps
 from llmmw.layers.gather import GO, Gathering, closed_error
 from llmmw.order import Role
 from llmmw.settings import choice, positive_seconds, settings, whole
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from llmmw.env import Env
 
 
+MAX_SIZE = 128
+MIN_SIZE = 32
+
+
 @settings
 class Batcher(Positioned):
     """Gathers calls of equal operation, model, sampling parameters, priority and tenant, and lets them go together.
@@ -32,10 +37,12 @@ class Batcher(Positioned):
     calls go side by side. While nothing of this batcher is under way a call waits only for the others of the same
     loop turn. Streams, tools and n > 1 go straight through.
 
-    Worth it at a local vLLM with more than about 32 equal calls at a time; below that a joint request saves nothing.
+    Worth it at a local vLLM with more than about 32 equal calls at a time; below that a joint request saves nothing, so
+    while fewer are inside, none waits either.
 
     Args:
         max_size: calls in a group.
+        min_size: calls from which on a group shares a request (at most `max_size`); fewer go side by side.
         flush_interval: longest wait for batch mates.
         max_bytes: prompts of a group together, in bytes of JSON; one above it goes alone. None: no limit.
         max_tokens: likewise in estimated tokens, prompts and permitted output.
@@ -56,7 +63,8 @@ class Batcher(Positioned):
     """
 
     role: ClassVar[Role] = Role.BATCH
-    max_size: int = 20
+    max_size: int = MAX_SIZE
+    min_size: int = MIN_SIZE
     flush_interval: float | str = 0.02
     max_bytes: int | None = None
     max_tokens: int | None = None
@@ -68,9 +76,9 @@ class Batcher(Positioned):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flush_interval", positive_seconds("Batcher(flush_interval=)", self.flush_interval))
-        for name in ("max_size", "max_queue", "max_bytes", "max_tokens", "barrier"):
+        for name in ("max_size", "min_size", "max_queue", "max_bytes", "max_tokens", "barrier"):
             value = getattr(self, name)
-            if value is not None or name in {"max_size", "max_queue"}:
+            if value is not None or name in {"max_size", "min_size", "max_queue"}:
                 whole(f"Batcher({name}=)", value)
         choice("Batcher(when_full=)", self.when_full, ("wait", "refuse"))
         choice("Batcher(joint=)", self.joint, ("auto", "on", "off"))
@@ -80,14 +88,31 @@ class Batcher(Positioned):
         return BoundBatcher(inner, env, self)
 
 
-class BoundBatcher(Bound):
-    """The groups of one endpoint."""
+class PartyBatcher(Positioned):
+    """What a stack without a Batcher has in its place: it gathers the calls of a `generate_batch`, and no others."""
 
-    def __init__(self, inner: Handler, env: Env, options: Batcher) -> None:
+    role: ClassVar[Role] = Role.BATCH
+
+    def bind(self, inner: Handler, env: Env) -> BoundBatcher:
+        """Running state."""
+        return BoundBatcher(inner, env, Batcher(), parties_only=True)
+
+
+class BoundBatcher(Bound):
+    """The groups of one endpoint.
+
+    Args:
+        inner: the handler below.
+        env: clock, sinks and what the endpoint can do.
+        options: the settings.
+        parties_only: calls that belong to no party pass.
+    """
+
+    def __init__(self, inner: Handler, env: Env, options: Batcher, *, parties_only: bool = False) -> None:
         super().__init__(inner, env)
         self._options = options
-        taken = [op for op in ("chat", "complete") if options.joint == "on" or f"batch:{op}" in env.capabilities]
-        self._joint_ops = set(() if options.joint == "off" else taken)
+        self._parties_only = parties_only
+        self._joint_ops = JointOps(options.joint, env)
         self._group_size = GroupSize(options.max_size)
         self._gathering = self._begin()
         self._draining = self._closed = False
@@ -105,6 +130,8 @@ class BoundBatcher(Bound):
             barrier=options.barrier,
             joint_ops=self._joint_ops,
             group_size=self._group_size,
+            worth=min(options.min_size, options.max_size),
+            tells=not self._parties_only,
         )
 
     async def __call__(self, call: Call, /) -> Reply:
@@ -114,17 +141,28 @@ class BoundBatcher(Bound):
             QueueFull: too many unanswered calls, and `when_full="refuse"`.
             Closed: the engine was closed before the call was sent.
         """
+        place = call.place
+        if self._parties_only and (place is None or call.op not in self._joint_ops):
+            if place is not None:
+                place.settle()
+            return await self.inner(call)
         gathering = self._gathering
         entrance = gathering.entrance
         if entrance.full and self._options.when_full == "refuse":
             self.env.emit(RefusedEarly("batch", "queue full"))
             raise QueueFull(f"Batcher(max_queue={self._options.max_queue}): so many calls are unanswered")
+        if place is not None and entrance.full:
+            place.settle()  # those inside cannot wait for who waits for them
         await entrance.enter(call)
         try:
             if self._closed or (self._draining and not self._options.drain):
                 raise closed_error()
             group = None if self._draining else grouping(call)
-            return await self._ask(call) if group is None else await self._wait(gathering, call, group)
+            if group is not None:
+                return await self._wait(gathering, call, group)
+            if place is not None:
+                place.settle()
+            return await self._ask(call)
         finally:
             entrance.leave()
 
@@ -184,4 +222,6 @@ class BoundBatcher(Bound):
 
     def gauges(self) -> dict[str, object]:
         """Calls that wait, and requests or calls under way."""
+        if self._parties_only and not self._joint_ops:
+            return {}
         return {**self._gathering.gauges(), "joint": bool(self._joint_ops)}

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from llmmw.errors import AmbiguousOutcome, Closed, DeadlineExceeded
+from llmmw.errors import AmbiguousOutcome, Closed
 from llmmw.events import Coalesced
 from llmmw.interrupt import until_deadline
 from llmmw.keys import Sharing, Uncacheable, key_of
 from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.flight import Flight, current_flight, discard, own_outcome
+from llmmw.layers.flight import Flight, current_flight, discard, expire, late, own_outcome
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings, whole
 from llmmw.stream import at_end
@@ -108,6 +108,8 @@ class BoundCoalescer(Bound):
         else:
             self.env.emit(Coalesced(call.context.agent))
             flight.urgency.join(call.context)
+            if call.place is not None:
+                call.place.settle()
         if flight.tee is not None and flight.reply is not None:
             landed: Landed = self._reader(flight.reply, flight.tee, call, own=True)
         else:
@@ -186,7 +188,7 @@ class BoundCoalescer(Bound):
         timer = None
         if call.context.deadline is not None and not waiter.done():
             left = call.context.deadline - self.env.clock.monotonic()
-            timer = waiter.get_loop().call_later(max(0.0, left), _expire, waiter)
+            timer = waiter.get_loop().call_later(max(0.0, left), expire, waiter)
         try:
             landed = await waiter
         except asyncio.CancelledError:
@@ -218,7 +220,7 @@ class BoundCoalescer(Bound):
         """The stream from its beginning, under the caller's own deadline."""
         chunks: Chunks = tee.reader(own=own)
         if call.context.deadline is not None:
-            chunks = until_deadline(chunks, self.env.clock, call.context.deadline, _late)
+            chunks = until_deadline(chunks, self.env.clock, call.context.deadline, late)
         return reply.replace(chunks=chunks, source="coalesced", native=None) if own else reply.replace(chunks=chunks)
 
     # ── flying ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,15 +306,6 @@ class BoundCoalescer(Bound):
         flight.over = True
         if self._table.get(flight.key) is flight:
             del self._table[flight.key]
-
-
-def _expire(waiter: asyncio.Future[Landed]) -> None:
-    if not waiter.done():
-        waiter.set_result(_late())
-
-
-def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the shared call was complete", sent=True)
 
 
 def _closed() -> Closed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmmw.algo.batchmates import bisect_budget, joint_call, pieces_of, split_answer, urgency_of
+from llmmw.algo.batchmates import HAVE_JOINT_FORM, bisect_budget, joint_call, pieces_of, split_answer, urgency_of
 from llmmw.call import Context, Reply
 from llmmw.errors import AmbiguousOutcome, LLMMWError, ProtocolError
 from llmmw.events import UsageShared
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
     from llmmw.algo.batchmates import Grouping
     from llmmw.algo.batchplan import GroupSize
-    from llmmw.call import Call, Handler, Urgency
+    from llmmw.call import Call, Handler, Party, Urgency
     from llmmw.env import Env
+
+    Lane = int | Party | str | None
+    """A step, a party, what waits for nothing, or whatever else shares a moment."""
 
 _numbers = itertools.count(1)
 
@@ -35,11 +38,11 @@ _OF_THE_JOINT_BODY = frozenset({"content-length", "content-encoding", "etag"})
 class Item:
     """A call in the batcher, with everybody who waits for its answer (several where they ask the same)."""
 
-    __slots__ = ("call", "exchange", "group", "step", "waiters")
+    __slots__ = ("call", "exchange", "group", "lane", "waiters")
 
-    def __init__(self, call: Call, step: int | None, group: Grouping, waiter: asyncio.Future[Any]) -> None:
+    def __init__(self, call: Call, lane: Lane, group: Grouping, waiter: asyncio.Future[Any]) -> None:
         self.call = call
-        self.step = step
+        self.lane = lane
         self.group = group
         self.waiters: dict[asyncio.Future[Any], Call] = {waiter: call}
         self.exchange: Exchange | None = None
@@ -77,6 +80,32 @@ class Item:
         for waiter, _ in waiting:
             waiter.set_result(make_error())
         return len(waiting)
+
+
+class JointOps:
+    """Which operations can be sent jointly now: what the endpoint says of itself, less what it did not know after all.
+
+    Args:
+        mode: "auto", "on" (it need not say so), "off".
+        env: its capabilities.
+    """
+
+    def __init__(self, mode: str, env: Env) -> None:
+        self._mode = mode
+        self._env = env
+        self._unknown: set[str] = set()
+
+    def __contains__(self, op: str) -> bool:
+        if self._mode == "off" or op in self._unknown or op not in HAVE_JOINT_FORM:
+            return False
+        return self._mode == "on" or f"batch:{op}" in self._env.capabilities
+
+    def __bool__(self) -> bool:
+        return any(op in self for op in HAVE_JOINT_FORM)
+
+    def discard(self, op: str) -> None:
+        """The endpoint refused it as unknown."""
+        self._unknown.add(op)
 
 
 class Search:
@@ -124,7 +153,7 @@ class Exchange:
         items: Sequence[Item],
         search: Search,
         *,
-        joint_ops: set[str],
+        joint_ops: JointOps,
         group_size: GroupSize,
     ) -> None:
         self._inner = inner

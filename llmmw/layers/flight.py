@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmmw.call import Urgency
 from llmmw.endpoints.running import bare_context
+from llmmw.errors import DeadlineExceeded
 from llmmw.stream.copies import NotCopyable, own_error, own_reply
 
 if TYPE_CHECKING:
@@ -128,3 +129,14 @@ async def discard(landed: Landed) -> None:
     """Close the stream of an answer that nobody took."""
     if landed is not None and not isinstance(landed, BaseException) and landed.chunks is not None:
         await landed.chunks.aclose()
+
+
+def expire(waiter: asyncio.Future[Landed]) -> None:
+    """Wake one whose own deadline has come."""
+    if not waiter.done():
+        waiter.set_result(late())
+
+
+def late() -> DeadlineExceeded:
+    """For who waits for a shared call, when its own deadline has come."""
+    return DeadlineExceeded("the deadline passed before the shared call was complete", sent=True)

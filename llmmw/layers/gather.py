@@ -8,7 +8,7 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from llmmw.algo.batchmates import weight
+from llmmw.algo.batchmates import by_prefix, weight
 from llmmw.algo.batchplan import Plan, when_due
 from llmmw.errors import Closed
 from llmmw.events import BatchFlushed
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     from llmmw.algo.batchmates import Grouping, Kind
     from llmmw.algo.batchplan import Flush, GroupSize, Limits
-    from llmmw.call import Call, Handler
+    from llmmw.call import Call, Handler, Party
     from llmmw.env import Env
     from llmmw.layers.entrance import Entrance
+    from llmmw.layers.exchange import JointOps, Lane
 
 _MAX_STEPS = 64
 _TICK_S = 0.001
+_ALONE = "alone"
+"""The lane of what no mate could help; only the calls of one loop turn are released together."""
 
 GO = object()
 """What a waiter is woken with who makes the call itself, in its own task and context."""
@@ -39,7 +42,9 @@ def closed_error() -> Closed:
 class Gathering:
     """Submitting, flushing and starting; every method but `gauges` runs on one loop.
 
-    A lane of the plan is a step, whose barrier holds its calls; lane None is what an idle endpoint gets at once.
+    A lane of the plan is a step, whose barrier holds its calls; a party, whose calls wait for those of it that are on
+    their way; or None, what an idle endpoint gets at once. Nobody waits where fewer calls than a joint request is worth
+    are inside: among so few agents, each of whom waits for an answer, no such group can come about.
 
     Args:
         inner: the handler below the batcher.
@@ -47,8 +52,10 @@ class Gathering:
         limits: when a group is full or due.
         entrance: counts the calls inside; its bound is kept by who calls `submit`.
         barrier: how many agents make a step complete; None: steps do not matter.
-        joint_ops: operations that may share a request; may shrink when the endpoint turns out not to know one.
+        joint_ops: operations that may share a request.
         group_size: what was learned about the size of groups, perhaps on another loop.
+        worth: calls from which on a joint request is worth it.
+        tells: whether calls that go one by one are told as a group, too.
     """
 
     def __init__(
@@ -59,25 +66,31 @@ class Gathering:
         entrance: Entrance,
         *,
         barrier: int | None,
-        joint_ops: set[str],
+        joint_ops: JointOps,
         group_size: GroupSize,
+        worth: int,
+        tells: bool,
     ) -> None:
         self._inner = inner
         self._env = env
         self._limits = limits
         self._barrier = barrier
         self._joint_ops = joint_ops
-        self._plan: Plan[int | None, Kind, Item] = Plan(limits, group_size)
+        self._plan: Plan[Lane, Kind, Item] = Plan(limits, group_size)
         self._group_size = group_size
+        self._worth = worth
+        self._tells = tells
+        self._parties: dict[Party, None] = {}
+        """Those that have calls here."""
         self._weighs = limits.max_bytes is not None or limits.max_tokens is not None
-        self._twins: dict[tuple[int | None, Kind, bytes], Item] = {}
+        self._twins: dict[tuple[Lane, Kind, bytes], Item] = {}
         self._active = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._turn: asyncio.Handle | None = None
         self._asked: dict[int, set[object]] = {}
-        self._complete: dict[int | None, None] = {}
+        self._complete: dict[int, None] = {}
         """Steps whose barrier has opened, the newest last: what they ask later (again, perhaps) waits for nobody."""
         self._strangers = itertools.count()
         self._closed = False
@@ -87,26 +100,36 @@ class Gathering:
 
     def submit(self, call: Call, group: Grouping, waiter: asyncio.Future[Any]) -> Item:
         """Have a call wait for batch mates; `waiter` gets GO, a Reply or an exception as its result."""
-        step = None if self._barrier is None else call.context.step
-        if step in self._complete:
-            step = None
+        lane = self._lane_of(call, group)
         due = when_due(self._env.clock.monotonic(), self._limits.interval_s, call.deadline)
-        item = None if group.twin is None else self._twins.get((step, group.kind, group.twin))
+        item = None if group.twin is None else self._twins.get((lane, group.kind, group.twin))
         if item is not None:
             item.waiters[waiter] = call
             self._plan.hasten(item, due)
         else:
             size, tokens = weight(call) if self._weighs else (0, 0)
-            item = Item(call, step, group, waiter)
+            item = Item(call, lane, group, waiter)
             if group.twin is not None:
-                self._twins[step, group.kind, group.twin] = item
-            self._release(self._plan.add(step, group.kind, item, due, size_bytes=size, tokens=tokens))
-        if step is not None:
-            self._count_in(step, call.context.agent)
+                self._twins[lane, group.kind, group.twin] = item
+            self._release(self._plan.add(lane, group.kind, item, due, size_bytes=size, tokens=tokens))
+        if isinstance(lane, int):
+            self._count_in(lane, call.context.agent)
         else:
-            self._flush_when_idle()
+            self._look()
         self._arm(due.at)
         return item
+
+    def _lane_of(self, call: Call, group: Grouping) -> Lane:
+        party = None if call.place is None else call.place.settle()
+        step = None if self._barrier is None else call.context.step
+        if step is not None and step not in self._complete:
+            return step
+        if not (group.joint and call.op in self._joint_ops):
+            return _ALONE
+        if party is not None and party not in self._parties:
+            party.watch(self._look)
+            self._parties[party] = None
+        return party
 
     def withdraw(self, item: Item) -> None:
         """Nobody waits for this item any more."""
@@ -120,11 +143,11 @@ class Gathering:
         if accepted:
             self._group_size.accepted(1)
         self._active -= 1
-        self._flush_when_idle()
+        self._look()
 
     def _forget_twin(self, item: Item) -> None:
         if item.group.twin is not None:
-            self._twins.pop((item.step, item.group.kind, item.group.twin), None)
+            self._twins.pop((item.lane, item.group.kind, item.group.twin), None)
 
     # ── flushing ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -154,15 +177,34 @@ class Gathering:
         if len(self._complete) > _MAX_STEPS:
             del self._complete[next(iter(self._complete))]
 
-    def _flush_when_idle(self) -> None:
-        # The others of this loop turn are collected; longer nobody waits, for the endpoint has nothing else to do.
-        if self._active == 0 and self._turn is None and self._plan.has(None) and not self._closed:
-            self._turn = asyncio.get_running_loop().call_soon(self._idle)
+    def _look(self) -> None:
+        # The others of this loop turn are collected before anything is decided.
+        if self._turn is None and not self._closed and (self._parties or self._hurries()):
+            self._turn = asyncio.get_running_loop().call_soon(self._end_turn, self._active == 0)
 
-    def _idle(self) -> None:
+    def _hurries(self) -> bool:
+        """Whether something waits that nothing is gained by holding any longer."""
+        pointless = self._active == 0 or self.entrance.inside < self._worth
+        return self._plan.has(_ALONE) or (pointless and self._plan.has(None))
+
+    def _end_turn(self, was_idle: bool) -> None:  # noqa: FBT001 — a callback of the loop
         # Also if a full group went in the same turn: the rest of a burst that found the endpoint idle goes with it.
         self._turn = None
-        self._flush(lambda: self._plan.drain("idle", None))
+        self._flush(lambda: self._ripe(idle=was_idle or self._active == 0))
+
+    def _ripe(self, *, idle: bool) -> list[Flush[Item]]:
+        """What goes at the end of a turn."""
+        plan, cause = self._plan, "idle" if idle else "few"
+        flushes = plan.drain(cause, _ALONE)
+        if idle or self.entrance.inside < self._worth:
+            flushes += plan.drain(cause, None)
+        for party in list(self._parties):
+            if not party.coming:
+                least = 1 if idle or party.is_whole else self._worth
+                flushes += plan.drain("together", party, at_least=least)
+            if not plan.has(party):
+                del self._parties[party]
+        return flushes
 
     def _arm(self, at: float | None) -> None:
         """Have the timer ring at that moment, or earlier."""
@@ -191,15 +233,21 @@ class Gathering:
         for flush in flushes:
             for item in flush.items:
                 self._forget_twin(item)
-            self._env.emit(BatchFlushed(len(flush.items), flush.cause))
+            jointly = self._goes_jointly(flush.items)
+            if jointly or self._tells:
+                self._env.emit(BatchFlushed(len(flush.items), flush.cause))
             try:
-                self._send(flush.items)
+                self._send(flush.items, jointly=jointly)
             except Exception as error:  # noqa: BLE001 — as above
                 self._fail([flush], functools.partial(own_error, error))
 
-    def _send(self, items: tuple[Item, ...]) -> None:
+    def _goes_jointly(self, items: Sequence[Item]) -> bool:
         first = items[0]
-        if len(items) > 1 and first.group.joint and first.call.op in self._joint_ops:
+        return len(items) >= max(self._worth, 2) and first.group.joint and first.call.op in self._joint_ops
+
+    def _send(self, items: Sequence[Item], *, jointly: bool) -> None:
+        if jointly:
+            items = sorted(items, key=lambda item: by_prefix(item.call))
             self._start(items, Search(len(items), self._start))
             return
         for item in items:

@@ -79,7 +79,7 @@ def bound(
 ) -> BoundBatcher:
     env = Env(clock=clock, seed=1, sinks=() if events is None else (events.append,))
     upstream.start(env)
-    return Batcher(**options).bind(upstream, env.endowed(caps))
+    return Batcher(**{"min_size": 1, **options}).bind(upstream, env.endowed(caps))
 
 
 def keeping_deadlines(batcher: BoundBatcher) -> Bound:
@@ -192,8 +192,8 @@ def test_every_flush_reason_is_named_in_the_statistics() -> None:
     clock = ManualClock()
 
     async def main() -> None:
-        upstream = BatchServer(latency_s=0.2)
-        stack = Stack(Batcher(max_size=3, max_bytes=300, max_tokens=80, flush_interval=0.05, barrier=2))
+        upstream = WithBatch(latency_s=0.2)
+        stack = Stack(Batcher(max_size=3, min_size=1, max_bytes=300, max_tokens=80, flush_interval=0.05, barrier=2))
         async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
 
             def ask(*prompts: str, **fields: Any) -> list[asyncio.Task[Reply]]:
@@ -388,7 +388,9 @@ async def test_what_a_step_asks_after_its_barrier_waits_for_nobody(clock: Manual
     upstream._script = [error_reply(500)]
     env = Env(clock=clock, seed=1, sinks=(events.append,)).endowed(JOINT)
     upstream.start(env)
-    retry = Retry(attempts=3, backoff=0.1).bind(Batcher(barrier=3, flush_interval=600).bind(upstream, env), env)
+    retry = Retry(attempts=3, backoff=0.1).bind(
+        Batcher(min_size=1, barrier=3, flush_interval=600).bind(upstream, env), env
+    )
     tasks = [start(retry, name, context=Context(agent=name, step=1))[0] for name in "abc"]
     assert all(reply.ok for reply in await asyncio.gather(*tasks))
     assert clock.monotonic() < 1002  # the repetitions did not wait for the interval
@@ -489,7 +491,8 @@ def test_endpoint_without_batch_call_gets_single_calls_together(options: dict[st
         replies = await asyncio.gather(*tasks)
         assert [reply.text for reply in replies] == ["echo: a", "echo: b", "echo: c"]
         assert [call.op for call in upstream.calls] == ["chat"] * 4
-        assert flushed(events) == [(1, "idle"), (3, "interval")]
+        assert flushed(events) == [(1, "idle"), (3, "few")]  # no mate could help them, so they waited for none
+        assert clock.monotonic() == pytest.approx(1001, abs=0.01)
         assert upstream.peak == 4
         await busy
 
@@ -576,11 +579,11 @@ async def test_batch_03_refused_half_that_nobody_waits_for_is_cancelled(clock: M
     tasks = start(batcher, "bad", *map(str, range(7)))
     await asyncio.sleep(1.5)  # two requests of four are under way
     assert upstream.in_flight == 2
-    for task in tasks[4:]:
+    for task in tasks[1:5]:  # by their prompts they stand before the others
         task.cancel()
     await asyncio.sleep(0.01)
     assert (upstream.in_flight, upstream.cancelled) == (1, 1)
-    replies = await asyncio.gather(*tasks[:4])
+    replies = await asyncio.gather(tasks[0], *tasks[5:])
     assert [reply.status for reply in replies] == [400, 200, 200, 200]
     assert batcher.gauges()["active"] == 0
 
@@ -655,7 +658,7 @@ async def test_stream_in_place_of_a_joint_answer_is_closed(clock: ManualClock) -
 
 @manual_time
 async def test_every_agent_is_told_its_part_of_the_tokens(clock: ManualClock) -> None:
-    stack = Stack(Batcher())
+    stack = Stack(Batcher(min_size=1))
     async with stack.bind(WithBatch(), env=Env(clock=clock, seed=1)) as engine:
         calls = [chat_call(name, context=Context(agent=name)) for name in "abc"]
         replies = await asyncio.gather(*map(engine.call, calls))
@@ -668,7 +671,7 @@ async def test_every_agent_is_told_its_part_of_the_tokens(clock: ManualClock) ->
 
 @manual_time
 async def test_limiter_charges_one_request_and_everybodys_tokens(clock: ManualClock) -> None:
-    stack = Stack(Batcher(), RateLimiter(rpm=600, tpm=100_000, concurrency=64))
+    stack = Stack(Batcher(min_size=1), RateLimiter(rpm=600, tpm=100_000, concurrency=64))
     upstream = WithBatch(latency_s=1)
     async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
         tasks = [asyncio.ensure_future(engine.call(chat_call("x" * 400, max_tokens=50))) for _ in range(8)]
@@ -687,7 +690,7 @@ async def test_retry_of_a_failed_exchange_costs_the_budget_once(clock: ManualClo
     upstream._script = [error_reply(500)]
     env = Env(clock=clock, seed=1).endowed(JOINT)
     upstream.start(env)
-    retry = Retry(attempts=2, budget=10).bind(Batcher().bind(upstream, env), env)
+    retry = Retry(attempts=2, budget=10).bind(Batcher(min_size=1).bind(upstream, env), env)
     replies = await asyncio.gather(*start(retry, *map(str, range(16))))
     assert {reply.status for reply in replies} == {200}
 
@@ -708,7 +711,7 @@ async def test_breaker_and_budget_count_a_failed_exchange_once(clock: ManualCloc
     upstream = FakeUpstream([error_reply(500)])
     env = Env(clock=clock, seed=1).endowed(JOINT)
     upstream.start(env)
-    breaker = CircuitBreaker().bind(Batcher().bind(upstream, env), env)
+    breaker = CircuitBreaker().bind(Batcher(min_size=1).bind(upstream, env), env)
     retry = Retry(attempts=1).bind(breaker, env)
     replies = await asyncio.gather(*start(retry, *map(str, range(16))))
     assert {reply.status for reply in replies} == {500}
@@ -860,7 +863,7 @@ async def test_order_01_cancelled_follower_leaves_its_flights_item_in_the_batch(
     upstream = BatchServer()
     env = Env(clock=clock, seed=1).endowed(JOINT)
     upstream.start(env)
-    flights = Coalescer().bind(Batcher().bind(upstream, env), env)
+    flights = Coalescer().bind(Batcher(min_size=1).bind(upstream, env), env)
     tasks = start(flights, "a", "a", "b", temperature=0)
     await asyncio.sleep(0.5)
     tasks[1].cancel()
@@ -978,7 +981,7 @@ def test_batch_05_async_with_left_by_an_exception_leaves_nobody_waiting(drain: b
     @manual_time
     async def run(clock: ManualClock) -> None:
         upstream = WithBatch()
-        stack = Stack(Batcher(flush_interval=600, drain=drain))
+        stack = Stack(Batcher(min_size=1, flush_interval=600, drain=drain))
         tasks: list[asyncio.Task[Reply]] = []
         with pytest.raises(Broken):
             async with stack.bind(upstream, env=Env(clock=clock, seed=1)) as engine:
@@ -1001,7 +1004,7 @@ def test_batch_05_async_with_left_by_an_exception_leaves_nobody_waiting(drain: b
 def test_batch_05_call_that_races_the_closing_gets_an_answer_or_closed(turns: int) -> None:
     @manual_time
     async def run(clock: ManualClock) -> None:
-        stack = Stack(Batcher(flush_interval=600, max_queue=3))
+        stack = Stack(Batcher(min_size=1, flush_interval=600, max_queue=3))
         engine = stack.bind(WithBatch(), env=Env(clock=clock, seed=1))
         tasks = [asyncio.ensure_future(engine.call(chat_call(str(number)))) for number in range(5)]
         for _ in range(turns):
