@@ -13,6 +13,8 @@ _ROOM = 8
 """An eighth of the limit, at least 2, may wait in the server's queue: enough to fill the places that come free in one
 step of its engine. The limit moves by at most as much at a time, so no step leads past the band between an empty queue
 and a full one, and the limit comes to rest there."""
+_GAP_S = 0.1
+"""Calls that end in one step of the engine all tell of the same queue: it moves the limit once."""
 _LEAST_SHARE = 8
 """A queue takes no more than seven eighths of the start: what waits may be the calls of somebody who never yields."""
 
@@ -20,7 +22,7 @@ _LEAST_SHARE = 8
 class Aimd:
     """A concurrency limit between `floor` and `ceiling`."""
 
-    __slots__ = ("_clean", "_cut_at", "_least", "_limit", "_ramping", "ceiling", "floor")
+    __slots__ = ("_clean", "_cut_at", "_least", "_limit", "_moved_at", "_ramping", "ceiling", "floor")
 
     def __init__(self, floor: int, start: int, ceiling: int) -> None:
         self.floor = floor
@@ -28,7 +30,7 @@ class Aimd:
         self._least = max(floor, start // _LEAST_SHARE)
         self._limit = float(start)
         self._clean = 0
-        self._cut_at = float("-inf")
+        self._cut_at = self._moved_at = float("-inf")
         self._ramping = start < ceiling
 
     @property
@@ -61,7 +63,7 @@ class Aimd:
         self._limit = max(float(self.floor), int(self._limit * _CUT))
         return True
 
-    def queued(self, waiting: int, in_use: int) -> None:
+    def queued(self, waiting: int, in_use: int, now: float) -> None:
         """The server had so many calls in its queue when it answered one of the `in_use` under way here.
 
         An empty queue lets more through where every slot is taken; a long one fewer, once an earlier change has taken
@@ -69,15 +71,18 @@ class Aimd:
         """
         limit = self.limit
         room = max(2, limit // _ROOM)
-        if waiting == 0:
-            if in_use >= limit:
-                self._limit = min(self._limit + room, float(self.ceiling))
+        if waiting:
+            self._ramping = False
+            self._clean = 0
+        if now - self._moved_at < _GAP_S:
             return
-        self._ramping = False
-        self._clean = 0
-        if waiting > room and limit <= 2 * in_use and in_use <= limit:
+        if not waiting and in_use >= limit:
+            self._limit = min(self._limit + room, float(self.ceiling))
+        elif waiting > room and limit <= 2 * in_use and in_use <= limit:
             lowered = limit - min(waiting - room, room)
             self._limit = float(max(lowered, min(limit, self._least)))
+        if self.limit != limit:
+            self._moved_at = now
 
     def bounds(self, floor: int, start: int, ceiling: int) -> None:
         """New bounds while running; the limit moves only where they force it, or starts again from a new `start`."""

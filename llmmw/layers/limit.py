@@ -47,11 +47,14 @@ class RateLimiter(Positioned):
         reserve: output tokens reserved per call: what was learnt from earlier answers, up to the call's maximum
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
-        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again; "gradient2" besides follows the
-            time to the first token of streams (never the total latency). Without rpm also start gently at
-            a server whose limits are unknown: 8 calls at first, then two more for each good answer, and twice as many
-            each 200 ms (50 ms at a local server) where answers take longer. Calls one after the other never wait.
-        headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones.
+        adaptive: lower the concurrency on 429, 503 and time-outs and raise it again. Where the server tells how long
+            its queue is (VLLMEndpoint asks), keep that short and its places filled, giving up at most 7/8 of the start.
+            "gradient2" besides follows the time to the first token of streams (never the total latency). Without rpm
+            also start gently at a server whose limits are unknown: 8 calls at first, then two more for each good
+            answer, and twice as many each 200 ms (50 ms at a local server) where answers take longer. Calls one after
+            the other never wait.
+        headers: let the server's rate-limit headers lower the limits, and raise them again up to the configured ones;
+            and hear of its queue.
         age_bound: seconds after which a waiter is not passed by smaller ones any more, and gets an eighth of all
             grants whatever its priority.
         weights: shares of tenants (and of agents where no tenant is set) against each other, and of the agents of one

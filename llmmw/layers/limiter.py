@@ -302,6 +302,9 @@ class BoundLimiter(Bound):
         self._ignored += told.ignored
         if told.readings:
             gate.hear(told.readings, permit.started)
+        allowance = gate.allowance
+        if told.waiting is not None and allowance.aimd is not None and reply.ok:
+            allowance.aimd.queued(told.waiting, allowance.in_use, self.env.clock.monotonic())
 
 
 def _shape(limits: Limits) -> tuple[object, ...]:

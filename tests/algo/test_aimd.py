@@ -1,5 +1,7 @@
 """The concurrency limit."""
 
+from itertools import count
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,9 +70,9 @@ def test_limit_13_always_within_its_bounds(events):
 def settle(aimd, places, others=0, rounds=400):
     """Every slot taken, `places` sequences run at the server, the rest (and `others`) wait; the limits passed."""
     passed = []
-    for _ in range(rounds):
+    for now in range(rounds):
         waiting = max(0, aimd.limit + others - places)
-        aimd.queued(waiting, in_use=aimd.limit)
+        aimd.queued(waiting, in_use=aimd.limit, now=now)
         passed.append(aimd.limit)
     return passed
 
@@ -90,12 +92,13 @@ def test_it_settles_at_the_servers_places_and_a_small_queue(places, floor, more,
 
 
 def test_a_queue_within_bounds_changes_nothing_but_ends_growth():
+    clock = count(1.0)
     aimd = Aimd(4, 64, 256)
-    aimd.queued(8, in_use=64)
+    aimd.queued(8, in_use=64, now=next(clock))
     assert aimd.limit == 64
     for _ in range(63):
         aimd.succeeded(saturated=True)
-    aimd.queued(1, in_use=64)
+    aimd.queued(1, in_use=64, now=next(clock))
     aimd.succeeded(saturated=True)
     assert aimd.limit == 64, "a full window without a queue is needed"
     for _ in range(63):
@@ -104,30 +107,40 @@ def test_a_queue_within_bounds_changes_nothing_but_ends_growth():
 
 
 def test_an_empty_queue_lets_more_through_only_where_every_slot_is_taken():
+    clock = count(1.0)
     aimd = Aimd(4, 64, 256)
-    aimd.queued(0, in_use=63)
+    aimd.queued(0, in_use=63, now=next(clock))
     assert aimd.limit == 64
-    aimd.queued(0, in_use=64)
+    aimd.queued(0, in_use=64, now=next(clock))
     assert aimd.limit == 72
-    aimd.queued(0, in_use=64)
+    aimd.queued(0, in_use=64, now=next(clock))
     assert aimd.limit == 72, "the change has not taken effect yet"
 
 
 def test_each_cut_waits_until_the_last_one_has_taken_effect():
     aimd = Aimd(4, 64, 64)
     for in_use in range(64, 56, -1):
-        aimd.queued(50, in_use)
+        aimd.queued(50, in_use, now=64 - in_use)
     assert aimd.limit == 56
-    aimd.queued(50, in_use=56)
+    aimd.queued(50, in_use=56, now=8.0)
     assert aimd.limit == 49
 
 
+def test_answers_of_one_moment_move_it_once():
+    down, up = Aimd(1, 64, 64), Aimd(1, 64, 256)
+    for n in range(50):
+        down.queued(50, in_use=down.limit, now=n / 1000)
+        up.queued(0, in_use=up.limit, now=n / 1000)
+    assert (down.limit, up.limit) == (56, 72)
+
+
 def test_a_queue_of_others_calls_changes_nothing():
+    clock = count(1.0)
     aimd = Aimd(4, 64, 64)
-    aimd.queued(500, in_use=3)
-    aimd.queued(500, in_use=31)
+    aimd.queued(500, in_use=3, now=next(clock))
+    aimd.queued(500, in_use=31, now=next(clock))
     assert aimd.limit == 64
-    aimd.queued(500, in_use=32)
+    aimd.queued(500, in_use=32, now=next(clock))
     assert aimd.limit == 56
 
 
@@ -137,7 +150,7 @@ def test_whoever_never_yields_takes_no_more_than_seven_eighths():
     refused = Aimd(1, 64, 64)
     for now in range(20):
         refused.overloaded(now, now)
-    refused.queued(10_000, in_use=1)
+    refused.queued(10_000, in_use=1, now=99.0)
     assert refused.limit == 1, "a queue never raises the limit"
 
 
@@ -147,7 +160,7 @@ def test_two_clients_share_the_places_without_a_long_queue():
         other.overloaded(_, _)
     for turn in range(4000):
         waiting = max(0, one.limit + other.limit - 100)
-        (one, other)[turn % 2].queued(waiting, (one, other)[turn % 2].limit)
+        (one, other)[turn % 2].queued(waiting, (one, other)[turn % 2].limit, now=turn)
         for aimd in (one, other):
             aimd.succeeded(saturated=True)
     assert 100 <= one.limit + other.limit <= 130
