@@ -10,6 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
+from llmmw.call import Reply
 from llmmw.endpoints.running import runs_inside
 from llmmw.engine.changing import Changing
 from llmmw.engine.closing import DRAIN_S, close_all, closed_error, give_up, note_or_raise, patience_after
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llmmw.answer import Usage
-    from llmmw.call import Call, Handler, Reply
+    from llmmw.call import Call, Handler
     from llmmw.endpoints.base import Endpoint
     from llmmw.env import Env
     from llmmw.events import CallResult
@@ -91,7 +92,8 @@ class Engine(Forgetting, Keeping, Changing):
         if self._closed:
             return self._last_hit(call)
         if self._home.adopt():
-            return await self._serve(call)
+            found = self._at_hand(call, here=True)
+            return found if isinstance(found, Reply) else await self._serve(found)
         reply = self._peek(call)
         if reply is not None:
             return reply
@@ -130,17 +132,27 @@ class Engine(Forgetting, Keeping, Changing):
         return reply
 
     def _peek(self, call: Call) -> Reply | None:
-        if self._hit_source is None or call.stream or call.direct:
-            return None
+        found = self._at_hand(call, here=False)
+        return found if isinstance(found, Reply) else None
+
+    def _at_hand(self, call: Call, *, here: bool) -> Reply | Call:
+        """The answer that can be given at once; else the call, as it goes on where that is here, on the home loop.
+
+        Such a call costs no entry among those in flight.
+        """
+        source = self._hit_source
+        if source is None or call.stream or call.direct:
+            return call
         began = self.env.clock.monotonic()
-        reply = self._hit_source.peek(call)
-        if reply is not None:
-            agent = call.context.agent
-            if self.env.observed:
-                self.env.emit(CallStarted(agent))
-            result, error_name = result_of(reply)
-            self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, reply.usage, error_name))
-        return reply
+        found = source.look(call) if here else source.peek(call)
+        if not isinstance(found, Reply):
+            return found or call
+        agent = call.context.agent
+        if self.env.observed:
+            self.env.emit(CallStarted(agent))
+        result, error_name = result_of(found)
+        self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, found.usage, error_name))
+        return found
 
     async def _serve(self, call: Call) -> Reply:
         """One call on the home loop, counted from start to the end of its body."""

@@ -76,6 +76,13 @@ class Bound:
         del call
         return None
 
+    def look(self, call: Call) -> Reply | Call:
+        """The answer that is at hand, on the home loop; else the call as it goes in, for what was found out about it.
+
+        Default: nothing is at hand, and nothing was found out.
+        """
+        return call
+
     def invalidate(self, call: Call) -> int:
         """Forget what is stored for this call; returns how many entries went. Default: nothing is stored."""
         del call

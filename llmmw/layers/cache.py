@@ -7,13 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
+from msgspec.structs import replace
+
 from llmmw.env import variable
 from llmmw.errors import ConfigError
 from llmmw.events import CacheHit, CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.cachefill import MAX_NEGATIVE_S, Filler
-from llmmw.layers.filling import Fill
+from llmmw.layers.filling import ASIDE, Fill
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
 from llmmw.stores.base import Match
@@ -165,27 +167,62 @@ class BoundCache(Bound):
 
     async def __call__(self, call: Call, /) -> Reply:
         """Answer from the cache, or ask inside and keep the answer."""
+        fill = call.fill
+        if fill is ASIDE:
+            return await self.inner(replace(call, fill=None))
+        if not isinstance(fill, Fill) or fill.filler is not self._filler:  # nobody has looked yet
+            found = self._at_hand(call)
+            if not isinstance(found, Fill):
+                return await self.inner(call) if found is None else found
+            call, fill = found.shared_call(), found
+        if fill.missed:
+            if fill.stale is None and self._store.backing is not None:
+                fill.stale = resident = await self._fetch(fill.draw)
+                hit = None if resident is None else self._given(call, fill.draw, resident, "disk")
+                if hit is not None:
+                    return hit
+            self.env.emit(_MISS)
+        return await self._filler.fill(call, fill)
+
+    def look(self, call: Call) -> Reply | Call:
+        """The answer in memory; else the call as it goes inside, with which this layer goes on when it is called."""
+        found = self._at_hand(call)
+        if isinstance(found, Fill):
+            return found.shared_call()
+        return replace(call, fill=ASIDE) if found is None else found
+
+    def _at_hand(self, call: Call) -> Reply | Fill | None:
+        """The answer in memory, or what is to be filled; None where the cache has nothing to do with the call."""
         draw = self._draw(call)
         if draw is None:
-            return await self.inner(call)
-        stale = None
-        if self._reads and not self._filler.is_shut(call.namespace):
-            tier, resident = "memory", self._store.peek(draw.key)
-            if resident is None and self._store.backing is not None:
-                tier, resident = "disk", await self._fetch(draw)
-            if resident is not None:
-                state = self._filler.state_of(resident)
-                reply = self._hit(call, resident, tier, is_stale=state == "stale") if state != "expired" else None
-                if reply is not None:
-                    if state != "fresh":
-                        self._filler.refresh(call, draw)
-                    return reply
-                stale = resident
-            self.env.emit(_MISS)
-        return await self._filler.fill(call, draw, stale)
+            return None
+        filler = self._filler
+        if not self._reads or filler.is_shut(call.namespace):
+            return Fill(filler, call, draw)
+        resident = self._store.peek(draw.key)
+        if resident is not None:
+            reply = self._given(call, draw, resident, "memory")
+            if reply is not None:
+                return reply
+        return Fill(filler, call, draw, missed=True, stale=resident)
+
+    def _given(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
+        """The answer from an entry, where its age allows; one that is due or stale is renewed meanwhile."""
+        state = self._filler.state_of(resident)
+        if state == "fresh":
+            return self._hit(call, resident, tier)
+        if state == "expired":
+            return None
+        reply = self._hit(call, resident, tier, is_stale=state == "stale")
+        if reply is not None:
+            self._filler.refresh(call, draw)
+        return reply
 
     def peek(self, call: Call) -> Reply | None:
         """A fresh answer in memory; from any thread."""
+        if isinstance(call.fill, Fill) and call.fill.filler is self._filler:  # looked for already
+            self._sharing.give_back(call.fill.draw)
+            return None
         if not self._reads or self._filler.is_shut(call.namespace):
             return None
         draw = self._draw(call, told=False)

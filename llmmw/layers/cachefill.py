@@ -54,6 +54,7 @@ class Filler:
         self.sharing = sharing
         self.reads = reads
         self._stores = stores
+        self._early_refresh = settings.early_refresh
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
         self._shut: set[str] = set()
@@ -67,46 +68,41 @@ class Filler:
     def state_of(self, resident: Resident) -> State:
         """What may be done with an entry now; "due" is fresh, but worth renewing."""
         now = self.env.clock.monotonic()
-        if resident.entry.header.status >= FIRST_REFUSAL and (
-            now >= resident.expires or not self.settings.negative_ttl
-        ):
+        fresh = now < resident.expires
+        if resident.entry.header.status >= FIRST_REFUSAL and not (fresh and self.settings.negative_ttl):
             return "expired"  # no refusal is served stale, nor one that another process keeps
-        if now < resident.expires:
-            return "due" if self._is_due(resident, now) else "fresh"
+        if fresh:
+            return "due" if self._early_refresh and self._is_due(resident, now) else "fresh"
         return "stale" if now < resident.expires + self._revalidate_s else "expired"
 
     def _is_due(self, resident: Resident, now: float) -> bool:
         # XFetch (Vattani, Chierichetti, Lowenstein, VLDB 2015), beta = 1: the costlier, the earlier.
-        if not self.settings.early_refresh:
-            return False
         ahead = -resident.entry.header.cost_s * math.log(1.0 - self.env.rng.random())
         return now + ahead >= resident.expires
 
-    async def fill(self, call: Call, draw: Draw, stale: Resident | None) -> Reply:
+    async def fill(self, call: Call, fill: Fill) -> Reply:
         """Ask inside; the answer is stored before the caller gets it.
 
         Args:
-            call: as the caller made it.
-            draw: its place in the cache.
-            stale: an entry past its end, for `stale_if_error`.
+            call: as it goes inside.
+            fill: its own; with an entry past its end, for `stale_if_error`.
         """
-        fill = Fill(self, call, draw)
         try:
-            reply = await self.inner(fill.shared_call())
+            reply = await self.inner(call)
         except BaseException as error:
             self.note_error(call, error)
-            found = self._instead(call, stale, error) if isinstance(error, Exception) else None
+            found = self._instead(call, fill.stale, error) if isinstance(error, Exception) else None
             if found is None:
-                self.sharing.give_back(draw)
+                self.sharing.give_back(fill.draw)
                 raise
             return found
         if not fill.done and reply.source != "coalesced":
             reply = fill.answered(reply)
         if reply.ok:
             return reply
-        found = self._instead(call, stale, reply)
+        found = self._instead(call, fill.stale, reply)
         if found is None:
-            self.sharing.give_back(draw)
+            self.sharing.give_back(fill.draw)
         return found or reply
 
     def _instead(self, call: Call, stale: Resident | None, outcome: Reply | Exception) -> Reply | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from msgspec.structs import replace
+
 from llmmw.events import CacheHit, CacheSkipped
 from llmmw.stores.record import NotStorable, is_whole, record_reply, record_stream
 from llmmw.stores.record import play as play_entry
 from llmmw.stream import Tap, at_end
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Chunk, Reply
+    from llmmw.call import Call, Chunk, Filling, Reply
     from llmmw.keys import Draw
     from llmmw.layers.cachefill import Filler
     from llmmw.stores.lease import Lease
@@ -26,45 +28,60 @@ class Fill:
         call: as the caller made it.
         draw: its place in the cache.
         renews: an entry is there, which a refusal must not replace.
+        missed: it was looked for in memory.
+        stale: the entry past its end that was found there.
     """
 
-    def __init__(self, filler: Filler, call: Call, draw: Draw, *, renews: bool = False) -> None:
-        self._filler = filler
+    __slots__ = ("_call", "_lease", "_renews", "_since", "done", "draw", "filler", "missed", "stale")
+
+    def __init__(
+        self,
+        filler: Filler,
+        call: Call,
+        draw: Draw,
+        *,
+        renews: bool = False,
+        missed: bool = False,
+        stale: Resident | None = None,
+    ) -> None:
+        self.filler = filler
         self._call = call
-        self._draw = draw
+        self.draw = draw
         self._renews = renews
+        self.missed = missed
+        self.stale = stale
         self._since = filler.store.generation
         self._lease: Lease | None = None
         self.done = False
 
     def shared_call(self) -> Call:
         """The call as it goes inside. Who comes after an invalidation does not join a flight from before it."""
-        key, since = self._draw.key, self._since
-        return self._call.replace(key=key if not since else b"%b %d" % (key, since), fill=self)
+        key, since = self.draw.key, self._since
+        return replace(self._call, key=key if not since else b"%b %d" % (key, since), fill=self)
 
     def look(self) -> Reply | None:
         """The answer, where another flight stored it meanwhile."""
-        if self._renews or not self._filler.reads:
+        if self._renews or not self.filler.reads:
             return None
-        resident = self._filler.store.peek(self._draw.key)
+        resident = self.filler.store.peek(self.draw.key)
         return None if resident is None else self._found(resident, "memory")
 
     async def claim(self, lease_s: float) -> Reply | None:
         """The answer, where under a lease another process stored it meanwhile."""
-        if self._renews or not self._filler.reads:
+        if self._renews or not self.filler.reads:
             return None
-        leases = self._filler.leases()
+        leases = self.filler.leases()
         if leases is None:
             return None
-        half_life_s = cast("float", self._filler.settings.ttl) / 2
-        self._lease, found = await leases.claim(self._draw.key, min(lease_s, half_life_s), self._look_on_disk)
+        half_life_s = cast("float", self.filler.settings.ttl) / 2
+        self._lease, found = await leases.claim(self.draw.key, min(lease_s, half_life_s), self._look_on_disk)
         return found
 
     async def _look_on_disk(self) -> Reply | None:
-        return self._found(await self._filler.store.fetch(self._draw.key), "disk")
+        return self._found(await self.filler.store.fetch(self.draw.key), "disk")
 
     def _found(self, resident: Resident | None, tier: str) -> Reply | None:
-        filler, call = self._filler, self._call
+        filler, call = self.filler, self._call
         if resident is None or filler.is_shut(call.namespace) or filler.state_of(resident) not in {"fresh", "due"}:
             return None
         reply = play_entry(resident.entry, call)
@@ -88,7 +105,7 @@ class Fill:
         return at_end(self._kept(reply), lambda _: self.failed())
 
     def _kept(self, reply: Reply) -> Reply:
-        filler, call = self._filler, self._call
+        filler, call = self.filler, self._call
         if filler.settings.auth_check:
             filler.note_credential(call, reply)
         reason = "refused" if self._renews and not reply.ok else filler.why_not(reply)
@@ -97,16 +114,23 @@ class Fill:
                 filler.env.emit(CacheSkipped(reason))
             return reply
         if reply.chunks is not None:
-            recorder = Recorder(filler, call, reply, self._draw, self._since, self._lease)
+            recorder = Recorder(filler, call, reply, self.draw, self._since, self._lease)
             return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
         try:
-            filler.check_unchanged(call, self._draw)
-            entry = record_reply(call, reply, filler.making(self._draw, reply))
+            filler.check_unchanged(call, self.draw)
+            entry = record_reply(call, reply, filler.making(self.draw, reply))
         except NotStorable as error:
             filler.env.emit(CacheSkipped(error.reason))
         else:
-            filler.keep(self._draw, entry, self._since, self._lease)
+            filler.keep(self.draw, entry, self._since, self._lease)
         return reply
+
+
+class _Aside:
+    """Instead of a Fill on a call that the cache has looked at and has nothing to do with; it takes that off."""
+
+
+ASIDE: Filling = cast("Filling", _Aside())
 
 
 class Recorder:
