@@ -16,7 +16,7 @@ FLOORS = (
     {"endpoints", "layers"},
     {"engine", "stack"},
     {"edges", "offline", "sim"},
-    {"testing", "demo"},
+    {"testing", "demo", "bench"},
     {"cli", "__init__", "__main__"},
 )
 """Bottom to top; a module may import from its own floor and from those below."""

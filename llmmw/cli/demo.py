@@ -50,7 +50,7 @@ def run_demo(
     console.print(report.table(results, title=title))
     about = {"workload": msgspec.to_builtins(workload), "server": where, "llmmw": __version__}
     if json is not None:
-        report.write_json(json, results, about)
+        report.write_json(json, {"about": about, "ways": list(results)})
         console.print(f"figures: {json}")
     if chart is not None:
         report.write_chart(chart, results, title=title)

@@ -49,15 +49,14 @@ def table(results: Sequence[Result], *, title: str) -> Any:
     return found
 
 
-def write_json(path: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
-    """Everything measured, with what was asked of whom."""
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Write figures, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = msgspec.json.encode({"about": about, "ways": list(results)})
-    path.write_bytes(msgspec.json.format(data, indent=2) + b"\n")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
 
 
-def write_chart(path: Path, results: Sequence[Result], *, title: str) -> None:
-    """Four small bar charts, one bar per way; the file's ending chooses the format (png, svg, pdf).
+def drawing(title: str, *, width: float = 12, height: float = 3.6) -> Any:
+    """An empty matplotlib Figure of that many inches.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -66,8 +65,20 @@ def write_chart(path: Path, results: Sequence[Result], *, title: str) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 — belongs to the extra
     except ImportError as error:
         raise MissingExtra("a chart needs matplotlib: pip install 'llmmw[demo]'") from error
-    figure: Any = Figure(figsize=(12, 3.6), layout="constrained")
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a chart, making the folder; the file's ending chooses the format (png, svg, pdf)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def write_chart(path: Path, results: Sequence[Result], *, title: str) -> None:
+    """Four small bar charts, one bar per way."""
+    figure = drawing(title)
     colours = ("#9aa5b1", "#5b8db8", "#2a9d4e")
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         values = [getattr(result, name) for result in results]
@@ -79,5 +90,4 @@ def write_chart(path: Path, results: Sequence[Result], *, title: str) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0, max([*values, 1]) * 1.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

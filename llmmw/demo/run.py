@@ -31,13 +31,8 @@ WAYS: tuple[tuple[str, Way], ...] = (
 )
 
 
-def run(world: World, setting: Setting, console: Any) -> list[Result]:
-    """Every way, with a progress bar each; returns their figures in order.
-
-    Args:
-        world: where the questions go.
-        setting: workload and model.
-        console: a rich Console.
+def progress_bars(console: Any) -> Any:
+    """A rich Progress with a bar, counts, and a field `failed` per task.
 
     Raises:
         MissingExtra: rich is not installed.
@@ -46,16 +41,27 @@ def run(world: World, setting: Setting, console: Any) -> list[Result]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415 — an extra
         from rich.progress import Progress as Bars  # noqa: PLC0415 — an extra
     except ImportError as error:
-        raise MissingExtra("the demo shows progress with rich: pip install 'llmmw[demo]'") from error
-    results: list[Result] = []
-    columns = (
+        raise MissingExtra("progress is shown with rich: pip install 'llmmw[cli]'") from error
+    return Bars(
         TextColumn("{task.description:<24}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[failed]} failed"),
         TimeElapsedColumn(),
+        console=console,
     )
-    with Bars(*columns, console=console) as bars:
+
+
+def run(world: World, setting: Setting, console: Any) -> list[Result]:
+    """Every way, with a progress bar each; returns their figures in order.
+
+    Args:
+        world: where the questions go.
+        setting: workload and model.
+        console: a rich Console.
+    """
+    results: list[Result] = []
+    with progress_bars(console) as bars:
         for name, way in WAYS:
             task = bars.add_task(name, total=setting.workload.total, failed=0)
 
