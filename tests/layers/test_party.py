@@ -1,0 +1,509 @@
+"""Calls made together: `generate_batch` shares requests where the endpoint takes that, with or without a Batcher."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmmw import errors
+from llmmw.answer import Usage
+from llmmw.call import Call, Context, Outcome, Party, Reply
+from llmmw.edges.client import Client
+from llmmw.endpoints.base import BatchEndpoint
+from llmmw.endpoints.batching import generate_batch
+from llmmw.env import Env
+from llmmw.layers.base import Bound
+from llmmw.layers.batch import Batcher, BoundBatcher, PartyBatcher
+from llmmw.layers.breaker import CircuitBreaker
+from llmmw.layers.cache import TTLCache
+from llmmw.layers.coalesce import Coalescer
+from llmmw.layers.limit import RateLimiter
+from llmmw.layers.retry import Retry
+from llmmw.layers.route import ErrorRouter
+from llmmw.layers.timeout import Timeout
+from llmmw.order import Role
+from llmmw.stack import Stack
+from llmmw.testing.clock import ManualClock, manual_time
+from llmmw.testing.fake import FakeUpstream, chat_body, chat_call, error_reply
+
+from .test_batch import BatchServer, flushed, joint_body, sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from llmmw.call import Handler
+    from llmmw.events import Event
+
+JOINT = frozenset({"batch:chat", "batch:complete"})
+FULL = (TTLCache(60, sampling="lanes"), Coalescer(), ErrorRouter(), Retry(attempts=2, backoff=0.1), CircuitBreaker())
+"""What stands outside the limiter."""
+
+
+class Server(BatchServer):
+    """Takes joint requests while `capabilities` says so."""
+
+    capabilities = JOINT
+
+    async def generate_batch(self, calls: Sequence[Call]) -> list[Outcome]:
+        return await generate_batch(self, calls, self._env)
+
+
+def client_of(server: Server, clock: ManualClock, *layers: Any, events: list[Event] | None = None) -> Client:
+    env = Env(clock=clock, seed=1, sinks=() if events is None else (events.append,))
+    return Client(server, stack=Stack(*(layers or [Timeout(60)])), model="m", env=env)
+
+
+def prompts(count: int, first: int = 0) -> list[str]:
+    return [f"question {number:03}" for number in range(first, first + count)]
+
+
+def echoes(asked: Sequence[str]) -> list[str]:
+    return [f"echo: {prompt}" for prompt in asked]
+
+
+def texts(outcomes: Sequence[Outcome]) -> list[str]:
+    return [outcome.text for outcome in outcomes]
+
+
+# ── the party itself ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_party_tells_when_nobody_is_on_the_way() -> None:
+    told: list[int] = []
+    party = Party()
+
+    def tell() -> None:
+        told.append(party.coming)
+
+    party.watch(tell)
+    party.watch(tell)
+    first, second = party.join(), party.join()
+    assert first.settle() is party
+    assert first.settle() is None
+    assert not told
+    party.close()
+    assert (party.is_whole, told) == (True, [])
+    assert second.settle() is party
+    assert told == [0]
+
+
+# ── without a Batcher in the stack ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "layers", [(Timeout(60),), (RateLimiter(concurrency=64), Timeout(60)), (*FULL, RateLimiter(concurrency=64))]
+)
+def test_like_calls_share_requests(layers: tuple[Any, ...]) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        events: list[Event] = []
+        server, asked = Server(), prompts(200)
+        async with client_of(server, clock, *layers, events=events) as client:
+            outcomes = await client.generate_batch(messages=asked, temperature=1)
+            told = client.get_performance_stats()
+        assert texts(outcomes) == echoes(asked)
+        assert sizes(server) == [128, 72]
+        assert clock.monotonic() == pytest.approx(1001)
+        assert [size for size, _ in flushed(events)] == [128, 72]
+        assert {outcome.reply.source for outcome in outcomes if outcome.reply} == {"batch"}
+        assert (told["request_count"], told["upstream_requests"], told["batched_requests"]) == (200, 2, 200)
+        assert (told["tokens_in"], told["tokens_out"]) == (2000, 400)
+        assert sum(outcome.reply.usage.input_tokens for outcome in outcomes if outcome.reply) == 2000
+
+    run()
+
+
+@manual_time
+async def test_few_calls_go_side_by_side_and_wait_for_nothing(clock: ManualClock) -> None:
+    server, asked = Server(), prompts(31)
+    async with client_of(server, clock, *FULL) as client:
+        outcomes = await client.generate_batch(messages=asked)
+        told = client.get_performance_stats()
+    assert texts(outcomes) == echoes(asked)
+    assert sizes(server) == [1] * 31
+    assert clock.monotonic() == 1001
+    assert (told["batch_count"], told["upstream_requests"]) == (0, 31)
+
+
+@manual_time
+async def test_calls_that_nobody_made_together_pass(clock: ManualClock) -> None:
+    server = Server()
+    engine = Stack(*FULL).bind(server, env=Env(clock=clock, seed=1))
+    replies = await asyncio.gather(*(engine.call(chat_call(prompt)) for prompt in prompts(64)))
+    assert [reply.source for reply in replies] == ["upstream"] * 64
+    assert sizes(server) == [1] * 64
+    await engine.aclose()
+
+
+@manual_time
+async def test_only_misses_are_sent_and_each_is_stored(clock: ManualClock) -> None:
+    server, asked = Server(), prompts(100)
+    async with client_of(server, clock, TTLCache(60), Coalescer()) as client:
+        await client.generate_batch(messages=asked[:60], temperature=0)
+        outcomes = await client.generate_batch(messages=[*asked, *asked[:40]], temperature=0)
+        assert texts(outcomes) == echoes([*asked, *asked[:40]])
+        assert sizes(server) == [60, 40]
+        told = client.get_performance_stats()
+        assert (told["cache_hits"], told["cache_misses"]) == (100, 100)
+        again = await client.generate_batch(messages=asked, temperature=0)
+        assert {outcome.reply.source for outcome in again if outcome.reply} == {"cache"}
+    assert sizes(server) == [60, 40]
+
+
+@manual_time
+async def test_the_same_question_twice_is_asked_once(clock: ManualClock) -> None:
+    server, asked = Server(), [*prompts(32)] * 4
+    async with client_of(server, clock, Coalescer()) as client:
+        outcomes = await client.generate_batch(messages=asked, temperature=0)
+        assert client.get_performance_stats()["coalesced"] == 96
+    assert texts(outcomes) == echoes(asked)
+    assert sizes(server) == [32]
+    assert clock.monotonic() == 1001  # the 96 who wait for others' flights held up nobody
+
+
+def test_answers_on_disk_do_not_tear_a_batch_apart(tmp_path: Path) -> None:
+    """Reading takes a thread and several turns of the loop; who has nothing stored waits for the others meanwhile."""
+
+    async def main() -> None:
+        server = Server(latency_s=0)
+        stack = Stack(TTLCache(60, directory=tmp_path), Coalescer())
+        async with Client(server, stack=stack, model="m") as client:
+            outcomes = await client.generate_batch(messages=prompts(120), temperature=0)
+        assert all(outcome.ok for outcome in outcomes)
+        # Where a busy machine needs longer than the interval for the reads, what there is goes.
+        assert sum(sizes(server)) == 120
+        assert len(server.calls) < 60
+
+    asyncio.run(main())
+
+
+@manual_time
+async def test_unlike_calls_do_not_share(clock: ManualClock) -> None:
+    server = Server()
+    requests = [
+        {"messages": [{"role": "user", "content": prompt}], "seed": number % 40 if number % 2 else None}
+        for number, prompt in enumerate(prompts(80))
+    ]
+    async with client_of(server, clock) as client:
+        outcomes = await client.map(requests, temperature=1)
+    assert texts(outcomes) == echoes(prompts(80))
+    assert sorted(sizes(server)) == [1] * 40 + [40]  # those without a seed; of each seed there are two
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"tools": [{}]}, {"ignore_eos": True}, {"min_tokens": 3}])
+def test_what_a_joint_request_gets_wrong_goes_alone(fields: dict[str, Any]) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        server = Server()
+        async with client_of(server, clock) as client:
+            assert all(outcome.ok for outcome in await client.generate_batch(messages=prompts(40), **fields))
+        assert sizes(server) == [1] * 40
+        assert clock.monotonic() == 1001
+
+    run()
+
+
+@manual_time
+async def test_completions_and_token_ids_share_too(clock: ManualClock) -> None:
+    def answer(call: Call) -> Reply:
+        listed = call.payload["prompt"]
+        choices = [{"index": i, "text": str(t), "finish_reason": "stop"} for i, t in enumerate(listed)]
+        return Reply(data=joint_body([], choices=choices, usage=None))
+
+    for items in (prompts(50), [[1, number] for number in range(50)]):
+        server = Server()
+        server._script = [answer]
+        async with client_of(server, clock) as client:
+            outcomes = await client.generate_batch(prompts=items)
+        assert texts(outcomes) == [str(item) for item in items]
+        assert len(server.calls) == 1
+
+
+@manual_time
+async def test_one_bad_item_fails_alone(clock: ManualClock) -> None:
+    server, asked = Server(latency_s=0.01), [*prompts(40), "bad", *prompts(20, 50)]
+    async with client_of(server, clock, *FULL) as client:
+        outcomes = await client.generate_batch(messages=asked)
+    assert [outcome.ok for outcome in outcomes] == [True] * 40 + [False] + [True] * 20
+    error = outcomes[40].error
+    assert isinstance(error, errors.StatusError)
+    assert error.status == 400
+    assert len(server.calls) <= 1 + 12 + 1
+
+
+@manual_time
+async def test_an_endpoint_that_finds_out_late_is_believed_at_once(clock: ManualClock) -> None:
+    server = Server()
+    server.capabilities = frozenset()
+    async with client_of(server, clock, *FULL) as client:
+        await client.generate_batch(messages=prompts(40))
+        assert sizes(server) == [1] * 40
+        server.calls.clear()
+        server.capabilities = JOINT
+        await client.generate_batch(messages=prompts(40, 100))
+        assert sizes(server) == [40]
+        server.capabilities = frozenset()
+        await client.generate_batch(messages=prompts(40, 200))
+        assert sizes(server) == [40] + [1] * 40
+
+
+@manual_time
+async def test_a_server_that_does_not_know_the_path_is_asked_once(clock: ManualClock) -> None:
+    server = Server(latency_s=0.1)
+    server._script = [error_reply(405)]
+    async with client_of(server, clock, Retry(attempts=1)) as client:
+        assert all(outcome.ok for outcome in await client.generate_batch(messages=prompts(40)))
+        assert sizes(server) == [40] + [1] * 40
+        assert all(outcome.ok for outcome in await client.generate_batch(messages=prompts(40)))
+    assert sizes(server) == [40] + [1] * 80
+
+
+@manual_time
+async def test_more_items_than_are_in_work_at_a_time_go_in_full_requests(clock: ManualClock) -> None:
+    server, asked = Server(latency_s=1), prompts(3000)
+    async with client_of(server, clock, Coalescer()) as client:
+        outcomes = await client.generate_batch(messages=iter(asked))
+    assert texts(outcomes) == echoes(asked)
+    assert sizes(server) == [128] * 23 + [56]
+    assert clock.monotonic() == pytest.approx(1003)
+
+
+@manual_time
+async def test_leaving_a_batch_cancels_its_requests(clock: ManualClock) -> None:
+    server = Server(latency_s=10)
+    async with client_of(server, clock, *FULL) as client:
+        task = asyncio.ensure_future(client.generate_batch(messages=prompts(200)))
+        await asyncio.sleep(1)
+        assert server.in_flight == 2
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.1)
+        assert (server.in_flight, server.cancelled) == (0, 2)
+        (batcher,) = [bound for _, bound in client.engine._bounds if isinstance(bound, BoundBatcher)]
+        assert (batcher.gauges(), batcher._gathering.entrance.inside) == ({"waiting": 0, "active": 0, "joint": True}, 0)
+
+
+class Slow(Bound):
+    """Holds some calls back."""
+
+    async def __call__(self, call: Call) -> Reply:
+        if "slow" in str(call.payload):
+            await asyncio.sleep(5)
+        return await self.inner(call)
+
+
+class SlowLayer:
+    role = Role.CUSTOM
+
+    def bind(self, inner: Handler, env: Env) -> Bound:
+        return Slow(inner, env)
+
+
+@manual_time
+async def test_who_is_held_up_elsewhere_holds_up_the_others_no_longer_than_the_interval(clock: ManualClock) -> None:
+    server, asked = Server(latency_s=1), [*prompts(50), "slow"]
+    began = clock.monotonic()
+    async with client_of(server, clock, SlowLayer(), Timeout(60)) as client:
+        task = asyncio.ensure_future(client.generate_batch(messages=asked))
+        await asyncio.sleep(0.5)
+        assert sizes(server) == [50]
+        assert texts(await task) == echoes(asked)
+    assert clock.monotonic() - began == pytest.approx(6, abs=0.05)
+
+
+@manual_time
+async def test_somebodys_own_layer_inside_sees_single_calls(clock: ManualClock) -> None:
+    server = Server()
+    async with client_of(server, clock, Timeout(60), SlowLayer()) as client:
+        assert all(outcome.ok for outcome in await client.generate_batch(messages=prompts(64)))
+    assert sizes(server) == [1] * 64
+
+
+def test_only_an_endpoint_that_may_take_batches_pays_for_it() -> None:
+    def gathering(endpoint: object, *layers: Any) -> int:
+        engine = Stack(*layers).bind(endpoint)
+        return sum(isinstance(bound, BoundBatcher) for _, bound in engine._bounds)
+
+    assert isinstance(Server(), BatchEndpoint)
+    assert not isinstance(FakeUpstream(), BatchEndpoint)
+    assert gathering(Server()) == 0  # a stack without layers does nothing
+    assert gathering(Server(), Timeout(1)) == 1
+    assert gathering(FakeUpstream(), *FULL) == 0
+    assert gathering(Server(), Batcher()) == 1
+    assert gathering("http://127.0.0.1:9/v1", Timeout(1)) == 1
+    assert gathering(FakeUpstream(), ErrorRouter(fallbacks=[Server()]), Timeout(1)) == 2
+
+
+@manual_time
+async def test_a_fallback_that_takes_batches_gets_them(clock: ManualClock) -> None:
+    first, second = FakeUpstream([errors.ConnectionFailed("down")] * 64, name="http://down.test/v1"), Server()
+    env = Env(clock=clock, seed=1)
+    stack = Stack(ErrorRouter(fallbacks=[second]), Retry(attempts=1))
+    async with Client(first, stack=stack, model="m", env=env) as client:
+        outcomes = await client.generate_batch(messages=prompts(64))
+    assert texts(outcomes) == echoes(prompts(64))
+    assert sizes(second) == [64]
+
+
+@manual_time
+async def test_a_closed_client_says_so_item_by_item(clock: ManualClock) -> None:
+    client = client_of(Server(), clock)
+    await client.aclose()
+    outcomes = await client.generate_batch(messages=prompts(40))
+    assert {type(outcome.error) for outcome in outcomes} == {errors.Closed}
+
+
+# ── with a Batcher ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@manual_time
+async def test_a_batchers_own_sizes_hold(clock: ManualClock) -> None:
+    server = Server()
+    async with client_of(server, clock, Batcher(max_size=10, min_size=4)) as client:
+        outcomes = await client.generate_batch(messages=prompts(33))
+    assert texts(outcomes) == echoes(prompts(33))
+    assert sorted(sizes(server)) == [1] * 3 + [10] * 3
+
+
+@manual_time
+async def test_a_small_group_is_full_for_a_batcher_that_allows_no_larger(clock: ManualClock) -> None:
+    server = Server()
+    async with client_of(server, clock, Batcher(max_size=20)) as client:
+        await client.generate_batch(messages=prompts(45))
+    assert sorted(sizes(server)) == [1] * 5 + [20] * 2
+
+
+@manual_time
+async def test_among_few_nobody_waits_for_mates(clock: ManualClock) -> None:
+    events: list[Event] = []
+    server = Server(latency_s=1)
+    env = Env(clock=clock, seed=1, sinks=(events.append,))
+    engine = Stack(Batcher(flush_interval=10)).bind(server, env=env)
+    first = asyncio.ensure_future(engine.call(chat_call("first")))
+    await asyncio.sleep(0.5)
+    began = clock.monotonic()
+    await asyncio.gather(*(engine.call(chat_call(prompt)) for prompt in prompts(20)))
+    assert clock.monotonic() - began == 1
+    assert flushed(events) == [(1, "idle"), (20, "few")]
+    # Where so many are about that a group may come together, they do wait for one.
+    many = [asyncio.ensure_future(engine.call(chat_call(prompt))) for prompt in prompts(40)]
+    await asyncio.sleep(0.5)
+    more = [asyncio.ensure_future(engine.call(chat_call(prompt))) for prompt in prompts(20, 100)]
+    await asyncio.sleep(0.2)
+    more += [asyncio.ensure_future(engine.call(chat_call(prompt))) for prompt in prompts(20, 120)]
+    await asyncio.gather(first, *many, *more)
+    assert flushed(events)[2:] == [(40, "idle"), (40, "idle")]
+    assert sizes(server) == [1] * 21 + [40, 40]
+    await engine.aclose()
+
+
+@manual_time
+async def test_a_full_queue_holds_up_no_party(clock: ManualClock) -> None:
+    server = Server(latency_s=1)
+    async with client_of(server, clock, Batcher(max_queue=40)) as client:
+        outcomes = await client.generate_batch(messages=prompts(80))
+    assert texts(outcomes) == echoes(prompts(80))
+    assert sizes(server) == [40, 40]
+    assert clock.monotonic() == pytest.approx(1002, abs=0.001)
+
+
+@manual_time
+async def test_a_steps_barrier_goes_before_the_party(clock: ManualClock) -> None:
+    server = Server(latency_s=1)
+    env = Env(clock=clock, seed=1)
+    batcher = Batcher(barrier=40, flush_interval=600, min_size=2).bind(server, env.endowed(JOINT))
+    server.start(env)
+    party = Party()
+    calls = [
+        chat_call(prompt, context=Context(agent=prompt, step=1)).replace(place=party.join()) for prompt in prompts(39)
+    ]
+    party.close()
+    tasks = [asyncio.ensure_future(batcher(call)) for call in calls]
+    await asyncio.sleep(5)
+    assert not server.calls
+    tasks.append(asyncio.ensure_future(batcher(chat_call("last", context=Context(agent="last", step=1)))))
+    await asyncio.gather(*tasks)
+    assert sizes(server) == [40]
+
+
+@manual_time
+async def test_prompts_that_begin_alike_stand_together(clock: ManualClock) -> None:
+    asked = [f"{topic}: {number}" for number in range(12) for topic in ("weather", "sports", "art")]
+    bodies: list[Any] = []
+    for order in (asked, asked[::-1]):
+        server = Server()
+        async with client_of(server, clock) as client:
+            assert texts(await client.generate_batch(messages=order)) == echoes(order)
+        (call,) = server.calls
+        bodies.append(call.payload)
+        topics = [conversation[0]["content"].partition(":")[0] for conversation in call.payload["messages"]]
+        assert topics == ["art"] * 12 + ["sports"] * 12 + ["weather"] * 12
+    assert bodies[0] == bodies[1]
+
+
+# ── an endpoint on its own ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@manual_time
+async def test_an_endpoint_answers_a_batch_itself(clock: ManualClock) -> None:
+    events: list[Event] = []
+    server = Server(latency_s=0.1)
+    server.start(Env(clock=clock, seed=1, sinks=(events.append,)))
+    calls = [chat_call(prompt) for prompt in [*prompts(40), "bad"]]
+    outcomes = await server.generate_batch(calls)
+    assert [outcome.ok for outcome in outcomes] == [True] * 40 + [False]
+    assert texts(outcomes)[:40] == echoes(prompts(40))
+    assert isinstance(outcomes[-1].error, errors.StatusError)
+    assert sizes(server)[0] == 41
+    assert sum(outcome.reply.usage.total_tokens for outcome in outcomes if outcome.reply) > 0
+    assert await server.generate_batch([]) == []
+
+
+@manual_time
+async def test_an_endpoints_batch_that_is_left_leaves_nothing_behind(clock: ManualClock) -> None:
+    server = Server(latency_s=10)
+    server.start(Env(clock=clock, seed=1))
+    server._script = [asyncio.CancelledError("from inside"), *[Reply(data=chat_body("x"))] * 3]
+    found = await server.generate_batch([chat_call(prompt) for prompt in prompts(2)])
+    assert [type(outcome.error) for outcome in found] == [errors.AmbiguousOutcome, type(None)]
+    task = asyncio.ensure_future(server.generate_batch([chat_call(prompt) for prompt in prompts(64)]))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert server.in_flight == 0
+
+
+@manual_time
+async def test_without_batches_an_endpoint_works_side_by_side(clock: ManualClock) -> None:
+    server = Server()
+    server.capabilities = frozenset()
+    server.start(Env(clock=clock, seed=1))
+    outcomes = await server.generate_batch([chat_call(prompt) for prompt in prompts(64)])
+    assert texts(outcomes) == echoes(prompts(64))
+    assert sizes(server) == [1] * 64
+    assert clock.monotonic() == 1001
+
+
+def test_a_joint_answers_usage_is_divided_without_loss() -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        server = Server()
+        server.start(Env(clock=clock, seed=1))
+        outcomes = await server.generate_batch([chat_call(prompt) for prompt in prompts(33)])
+        total = Usage()
+        for outcome in outcomes:
+            assert outcome.reply is not None
+            total += outcome.reply.usage
+        assert total == Usage(330, 66, reported=True)
+
+    run()
+
+
+def test_what_passes_costs_no_gathering() -> None:
+    bound = PartyBatcher().bind(FakeUpstream(), Env())
+    assert bound.gauges() == {}
