@@ -28,6 +28,7 @@ _HOMES = {
     "llmmw.edges.httpx2": ("httpx2_client", "httpx2_sync_client"),
     "llmmw.edges.sdk": ("unwrap_client", "wrap_client"),
     "llmmw.edges.sync": ("SyncClient",),
+    "llmmw.endpoints.replicas": ("Replica",),
     "llmmw.engine": ("Engine",),
     "llmmw.env": ("Env",),
     "llmmw.errors": (
@@ -36,6 +37,7 @@ _HOMES = {
         "Refused", "ResponseTooLarge", "StaleConnection", "StatusError", "StreamInterrupted", "TruncatedStream",
         "UpstreamError", "UpstreamTimeout",
     ),
+    "llmmw.layers.balance": ("Balancer",),
     "llmmw.layers.base": ("Bound", "Layer"),
     "llmmw.layers.batch": ("Batcher",),
     "llmmw.layers.breaker": ("CircuitBreaker",),
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from llmmw.edges.sdk import unwrap_client as unwrap_client
     from llmmw.edges.sdk import wrap_client as wrap_client
     from llmmw.edges.sync import SyncClient as SyncClient
+    from llmmw.endpoints.replicas import Replica as Replica
     from llmmw.engine import Engine as Engine
     from llmmw.env import Env as Env
     from llmmw.errors import AllEndpointsFailed as AllEndpointsFailed
@@ -96,6 +99,7 @@ if TYPE_CHECKING:
     from llmmw.errors import TruncatedStream as TruncatedStream
     from llmmw.errors import UpstreamError as UpstreamError
     from llmmw.errors import UpstreamTimeout as UpstreamTimeout
+    from llmmw.layers.balance import Balancer as Balancer
     from llmmw.layers.base import Bound as Bound
     from llmmw.layers.base import Layer as Layer
     from llmmw.layers.batch import Batcher as Batcher

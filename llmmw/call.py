@@ -59,6 +59,8 @@ class Call(msgspec.Struct, frozen=True, weakref=True):
     """Set by the router while another endpoint could answer: a longer wait for a rate limit is not worth it."""
     on_sent: Callable[[], None] | None = None
     """Set by Retry(hedge=True): called when the attempt goes out to the endpoint, with its permits."""
+    beside: Handler | None = None
+    """Set by the balancer: asks another replica, for a second request that Retry(hedge=True) makes."""
     alone: bool = False
     """Set by the router: this endpoint was well last and no other is, so an open circuit there is probed at a pace."""
     place: Place | None = None

@@ -115,6 +115,14 @@ class FellBack(Event, frozen=True):
     fault: str
 
 
+class Rerouted(Event, frozen=True):
+    """A balancer turned to another replica."""
+
+    source: str
+    target: str
+    fault: str
+
+
 class CircuitChanged(Event, frozen=True):
     """A circuit breaker changed its state: "closed", "open" or "half_open"."""
 

@@ -23,6 +23,7 @@ class Role(StrEnum):
     CACHE = "cache"
     COALESCE = "coalesce"
     ROUTE = "route"
+    BALANCE = "balance"
     RETRY = "retry"
     BREAKER = "breaker"
     BATCH = "batch"
@@ -54,7 +55,8 @@ def _rule(outer: Role, inner: Role, why: str) -> Rule:
     return Rule(f"{outer}-outside-{inner}", outer, inner, why)
 
 
-_PER_CALL = (Role.DEADLINE, Role.CACHE, Role.COALESCE, Role.ROUTE)
+_PER_CALL = (Role.DEADLINE, Role.CACHE, Role.COALESCE, Role.ROUTE, Role.BALANCE)
+_PER_ENDPOINT = (Role.RETRY, Role.BREAKER, Role.BATCH, Role.LIMIT, Role.TIMEOUT)
 
 RULES: tuple[Rule, ...] = (
     *(
@@ -65,16 +67,15 @@ RULES: tuple[Rule, ...] = (
     _rule(Role.CACHE, Role.COALESCE, "a hit joins no flight, and one flight stores once"),
     *(
         _rule(Role.CACHE, inner, "a hit must spend no permit, retry, circuit or fallback")
-        for inner in (Role.ROUTE, Role.RETRY, Role.BREAKER, Role.BATCH, Role.LIMIT, Role.TIMEOUT)
+        for inner in (Role.ROUTE, Role.BALANCE, *_PER_ENDPOINT)
     ),
     *(
         _rule(Role.COALESCE, inner, "identical calls share one chain of attempts, not one each")
-        for inner in (Role.ROUTE, Role.RETRY, Role.BREAKER, Role.BATCH, Role.LIMIT, Role.TIMEOUT)
+        for inner in (Role.ROUTE, Role.BALANCE, *_PER_ENDPOINT)
     ),
-    *(
-        _rule(Role.ROUTE, inner, "policy, health and quota are kept per endpoint")
-        for inner in (Role.RETRY, Role.BREAKER, Role.BATCH, Role.LIMIT, Role.TIMEOUT)
-    ),
+    _rule(Role.ROUTE, Role.BALANCE, "a fallback is asked when no replica answers"),
+    *(_rule(Role.ROUTE, inner, "policy, health and quota are kept per endpoint") for inner in _PER_ENDPOINT),
+    *(_rule(Role.BALANCE, inner, "policy, health and quota are kept per replica") for inner in _PER_ENDPOINT),
     _rule(Role.RETRY, Role.BREAKER, "each attempt is judged, and an open circuit ends the loop"),
     _rule(Role.RETRY, Role.BATCH, "a bad item enters again alone, without its batch mates"),
     _rule(Role.RETRY, Role.LIMIT, "each attempt is billed, and no permit is held during back-off"),

@@ -10,7 +10,7 @@ from llmmw import order
 from llmmw.engine import Engine
 from llmmw.env import Env, disabled
 from llmmw.errors import ConfigError
-from llmmw.layers.base import ForkingLayer, Layer
+from llmmw.layers.base import Layer
 from llmmw.order import Finding, Role, Rule
 from llmmw.settings import accepting, instance, texts
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-    from llmmw.call import Handler
     from llmmw.edges.function import Wrapped
-    from llmmw.endpoints.base import Endpoint
     from llmmw.layers.base import Bound
 
 P = ParamSpec("P")
@@ -126,17 +124,28 @@ class Stack:
         """What is broken but allowed, and what is merely unwise; empty for a sound stack."""
         return tuple(order.find_violations([layer.role for layer in self._layers], self._own_rules()))
 
-    def explain(self) -> str:
-        """The stack as text: its layers with settings, the rules that fixed their order, and any findings."""
+    def explain(self, endpoint: object = None) -> str:
+        """The stack as text: its layers with settings, the rules that fixed their order, and any findings.
+
+        Args:
+            endpoint: what it will be bound to, as for `bind`; then with its replicas, and the layers they need.
+        """
+        layers, places = self._layers, ["endpoint"]
+        if endpoint is not None:
+            from llmmw.endpoints.replicas import replicas_of  # noqa: PLC0415 — likewise
+            from llmmw.engine.binding import complete  # noqa: PLC0415 — endpoints load their HTTP engine
+
+            replicas = replicas_of(endpoint)
+            layers, places = tuple(complete(layers, [replicas])), replicas.told()
         lines = ["call"]
         per_endpoint = False
-        for layer in self._layers:
+        for layer in layers:
             if order.is_per_endpoint(layer.role) and not per_endpoint and layer.role is not Role.CUSTOM:
                 per_endpoint = True
                 lines.append("  ── below: once per endpoint ──")
             lines.append(f"  ↓ {layer.role:<10} {layer!r}")
-        lines.append("endpoint")
-        roles = [layer.role for layer in self._layers]
+        lines += places
+        roles = [layer.role for layer in layers]
         every = [*order.RULES, *(rule for _, rule in self._own_rules())]
         rules = [rule for rule in every if rule.outer in roles and rule.inner in roles]
         if rules:
@@ -215,68 +224,32 @@ class Stack:
         """Running state around an endpoint.
 
         Args:
-            endpoint: an `Endpoint`, a base URL, or an async callable from Call to Reply.
+            endpoint: an `Endpoint`, a base URL, or an async callable from Call to Reply; or a list of such, which are
+                then replicas of each other: a `Balancer` spreads the calls, one with default settings where the
+                stack has none.
             env: clock, randomness and sinks; the machine's own by default.
 
         Raises:
-            ConfigError: the endpoint is none of these.
+            ConfigError: the endpoint is none of these, or one is named twice.
         """
-        from llmmw.endpoints import as_endpoint  # noqa: PLC0415 — endpoints load their HTTP engine
-        from llmmw.endpoints.base import BatchEndpoint  # noqa: PLC0415 — likewise
+        from llmmw.engine.binding import bind  # noqa: PLC0415 — endpoints load their HTTP engine
 
         env = Env() if env is None else instance("env", env, Env, "Env(seed=1)")
-        layers = () if disabled() else self._layers
-        routers = [layer for layer in layers if isinstance(layer, ForkingLayer)]
-        others = [as_endpoint(other) for router in routers for other in router.targets]
-        endpoints: list[Endpoint] = [as_endpoint(endpoint), *others]
-        if any(isinstance(each, BatchEndpoint) for each in endpoints):
-            layers = _with_batches(layers)
-        bounds: list[tuple[str, Bound]] = []
-        handlers: Sequence[Handler] = endpoints
-        told = [_capabilities_of(endpoint) for endpoint in endpoints]
-        envs = [env.endowed(each) for each in told]
-        for layer in reversed(layers):
-            if isinstance(layer, ForkingLayer):
-                bound = layer.bind_fork(handlers, env)
-                bounds.append((str(layer.role), bound))
-                handlers, envs = [bound], [env.endowed(lambda: told[0]().intersection(*(each() for each in told)))]
-            else:
-                made = [layer.bind(handler, own) for handler, own in zip(handlers, envs, strict=True)]
-                bounds += [(str(layer.role), bound) for bound in made]
-                handlers = [*made]
-        bounds.reverse()
+        bound = bind(() if disabled() else self._layers, endpoint, env)
+        handler, bounds = bound.handler, bound.bounds
         timely = None
         if Role.DEADLINE not in self and not disabled():
             from llmmw.layers.deadline import BoundDeadline  # noqa: PLC0415 — layers load when they are first needed
 
-            timely = BoundDeadline(handlers[0], env, math.inf)
+            timely = BoundDeadline(handler, env, math.inf)
         hits = _hit_source(bounds)
-        return Engine(handlers[0], bounds=bounds, endpoints=endpoints, env=env, hit_source=hits, timely=timely)
+        return Engine(handler, bounds=bounds, endpoints=bound.endpoints, env=env, hit_source=hits, timely=timely)
 
     def wrap(self, function: Callable[P, R], **options: Any) -> Wrapped[P, R]:
         """Put the stack around a sync function, async function or async generator; see `llmmw.edges.function.wrap`."""
         from llmmw.edges.function import wrap  # noqa: PLC0415 — the one import upward: `wrap` is how edges are offered
 
         return wrap(function, self, **options)
-
-
-def _capabilities_of(endpoint: object) -> Callable[[], frozenset[str]]:
-    """What an endpoint says of itself whenever it is asked."""
-    return lambda: frozenset(getattr(endpoint, "capabilities", ()))
-
-
-def _with_batches(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """The layers with what makes joint requests of a `generate_batch`, where there is no Batcher.
-
-    It stands where a Batcher would, but never around a layer of somebody else's, which expects single calls.
-    """
-    roles = [layer.role for layer in layers]
-    at = next((index for index, role in enumerate(roles) if role in {Role.LIMIT, Role.TIMEOUT}), len(layers))
-    if Role.BATCH in roles or Role.CUSTOM in roles[at:]:
-        return layers
-    from llmmw.layers.batch import PartyBatcher  # noqa: PLC0415 — layers load when they are first needed
-
-    return (*layers[:at], PartyBatcher(), *layers[at:])
 
 
 def _hit_source(bounds: Sequence[tuple[str, Bound]]) -> Bound | None:

@@ -96,6 +96,7 @@ class Stats:
             ev.UsageShared: self._usage_shared,
             ev.RetryScheduled: self._retry,
             ev.FellBack: self._fell_back,
+            ev.Rerouted: lambda e: self._layer("balance", f"rerouted: {e.fault}"),
             ev.CircuitChanged: lambda e: self._layer("breaker", e.state),
             ev.LimiterWaited: self._limiter_waited,
             ev.LimiterPaused: lambda _: self._layer("limit", "paused"),

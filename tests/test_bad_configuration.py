@@ -12,6 +12,7 @@ import pytest
 
 import llmmw
 from llmmw import (
+    Balancer,
     Batcher,
     CircuitBreaker,
     Client,
@@ -23,6 +24,7 @@ from llmmw import (
     Fallback,
     OrderError,
     RateLimiter,
+    Replica,
     Retry,
     SharedCounter,
     Stack,
@@ -69,6 +71,15 @@ WRONG = {
         "codec": ("zip", 1, NOTHING),
     },
     Coalescer: {"finish_orphans": SWITCH, "buffer_bytes": WHOLE + NO_NONE, "lease": POSITIVE},
+    Balancer: {
+        "affinity": ("", "tenant", None, 1, NOTHING),
+        "spill": (0.9, -1, NAN, INF, True, "2", NOTHING),
+        "room": (-1, 1.5, NAN, True, "8", NOTHING),
+        "slow_start": DURATION + NO_NONE,
+        "attempts": WHOLE + NO_NONE,
+        "duplicate_ok": SWITCH,
+    },
+    Replica: {"endpoint": (None, *URLS[:6], NOTHING), "weight": (0, -1, NAN, INF, True, "2", None, NOTHING)},
     ErrorRouter: {
         "fallbacks": (None, URL, 7, [""], ["host:8000"], [None], [7], [HTTPEndpoint], NOTHING),
         "max_total_attempts": WHOLE + NO_NONE,
@@ -164,6 +175,7 @@ REQUIRED = {
     Timeout: {"total": 30},
     Deadline: {"seconds": 30},
     Fallback: {"endpoint": URL},
+    Replica: {"endpoint": URL},
     SharedCounter: {"directory": "limits"},
 }
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.call import Outcome, Reply
 from llmmw.edges.many import build_all, outcomes_of, what_failed
 from llmmw.edges.requests import PieceReader, RequestBuilder, answer_of, one_of, several
 from llmmw.endpoints import endpoint_at
+from llmmw.endpoints.replicas import Replica, replicas_of
 from llmmw.engine.atwork import AtWork
-from llmmw.keys.identity import Asker
 from llmmw.settings import accepting, instance, text
 from llmmw.stack import Stack
 from llmmw.stores.base import Match
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmmw.offline import OfflineBatch
     from llmmw.pool import ConnectionPool
 
+    Place = str | Endpoint | Replica
     Progress = Callable[[int, int], object]
     Offline = OfflineBatch | str | os.PathLike[str]
 
@@ -39,12 +41,15 @@ class ClientBase(AtWork):
 
     Args:
         base_url: such as "http://127.0.0.1:8000/v1", or an endpoint such as VLLMEndpoint(...), which then has api_key,
-            headers, pool and allow_hosts itself.
+            headers, pool and allow_hosts itself. A list of such is a list of replicas (`Replica(url, weight=2)` where
+            they are not worth the same): see `Balancer`.
         api_key: sent as a bearer token; None sends no credential.
         stack: the layers; `Stack.recommended()` by default (no cache: caching is your choice).
         model: used where a call names none.
         headers: sent with every request.
         tenant: whose answers may be shared; by default everybody's with the same credential.
+        name: what the cache knows the server or the replicas by, in place of a URL, so that all of them may change. By
+            default the first URL by name (numbers by value), in whatever order the replicas are given.
         pool: connection settings.
         allow_hosts: hosts that would otherwise be refused (link-local and cloud metadata addresses).
         env: clock, randomness and sinks, for tests.
@@ -56,34 +61,35 @@ class ClientBase(AtWork):
     @accepting
     def __init__(
         self,
-        base_url: str | Endpoint,
+        base_url: Place | Sequence[Place],
         api_key: str | None = None,
         *,
         stack: Stack | None = None,
         model: str | None = None,
         headers: Mapping[str, str] | None = None,
         tenant: str | None = None,
+        name: str | None = None,
         pool: ConnectionPool | None = None,
         allow_hosts: Sequence[str] = (),
         env: Env | None = None,
     ) -> None:
         if stack is not None:
             instance("stack", stack, Stack, "Stack(TTLCache(300), Coalescer())")
-        for option, value in (("model", model), ("tenant", tenant)):
+        for option, value in (("model", model), ("tenant", tenant), ("name", name)):
             if value is not None:
                 text(option, value)
         self.stack = Stack.recommended() if stack is None else stack
-        self.endpoint = endpoint = endpoint_at(
-            base_url, api_key=api_key, headers=headers, allow_hosts=allow_hosts, pool=pool
-        )
-        self.engine: Engine = self.stack.bind(endpoint, env=env)
+        at = partial(endpoint_at, api_key=api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
+        self.replicas = found = replicas_of(base_url, at, alias=name or "")
+        self.endpoint = found.members[0]
+        self.engine: Engine = self.stack.bind(found, env=env)
         self.requests = RequestBuilder(
-            target=endpoint.name,
-            asker=getattr(endpoint, "asker", Asker()),
-            stack=self.stack,
-            model=model,
-            tenant=tenant,
+            target=found.name, asker=found.asker, stack=self.stack, model=model, tenant=tenant
         )
+
+    def explain(self) -> str:
+        """The stack and the endpoints as text."""
+        return self.stack.explain(self.replicas)
 
     def get_performance_stats(self) -> dict[str, Any]:
         """What the stack did; every key is in the README."""

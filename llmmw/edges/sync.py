@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llmmw.call import Outcome, Reply
-    from llmmw.edges.client import Offline, Progress
+    from llmmw.edges.client import Offline, Place, Progress
     from llmmw.edges.requests import Piece
-    from llmmw.endpoints.base import Endpoint
 
 
 class SyncClient(AtWork):
@@ -27,10 +26,11 @@ class SyncClient(AtWork):
     """
 
     @accepting
-    def __init__(self, base_url: str | Endpoint, api_key: str | None = None, **options: Any) -> None:
+    def __init__(self, base_url: Place | Sequence[Place], api_key: str | None = None, **options: Any) -> None:
         self._client = Client(base_url, api_key, **options)
         self.engine = self._client.engine
         self.stack = self._client.stack
+        self.explain = self._client.explain
         self.get_performance_stats = self._client.get_performance_stats
         self.invalidate = self._client.invalidate
         self.invalidate_tag = self._client.invalidate_tag

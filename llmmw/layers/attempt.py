@@ -16,12 +16,16 @@ from llmmw.call import Attempt, Item, Reply
 from llmmw.errors import DeadlineExceeded, LLMMWError, ResponseTooLarge, StreamInterrupted, UpstreamError
 from llmmw.fault import Fault, FaultKind, classify
 from llmmw.layers.firsttoken import HAVE_TOKENS, MAX_SILENT
+from llmmw.stream import Tap, at_end
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmmw.answer import Usage
     from llmmw.call import Call, Chunk, Chunks, Handler
     from llmmw.env import Clock
+    from llmmw.stream import End
 
 _TELLS_ENOUGH = (StreamInterrupted, ResponseTooLarge)
 """Errors of a stream under way that are handed on as they are."""
@@ -48,6 +52,14 @@ async def begun(reply: Reply, call: Call) -> Reply:
     if reply.chunks is None or not reply.ok or isinstance(reply.chunks, Delivery):
         return reply
     return reply.replace(chunks=await Delivery.begin(reply.chunks, call.op, reply.endpoint))
+
+
+def at_delivered_end(reply: Reply, on_end: Callable[[End], object]) -> Reply:
+    """As `at_end`, of a reply that has begun: its stream stays the `Delivery` that layers outside know."""
+    if isinstance(reply.chunks, Delivery):
+        reply.chunks.watch(on_end)
+        return reply
+    return at_end(reply, on_end)
 
 
 def failure_of(error: asyncio.CancelledError | Exception, call: Call, clock: Clock) -> Exception:
@@ -175,6 +187,10 @@ class Delivery:
                 raise
         self._kept.append(chunk)
         return chunk
+
+    def watch(self, on_end: Callable[[End], object]) -> None:
+        """Call `on_end` once when the stream is over."""
+        self._inner = Tap(self._inner, on_end)
 
     async def aclose(self) -> None:
         """Stop reading."""

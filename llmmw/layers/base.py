@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llmmw.call import Call, Handler, Reply
+    from llmmw.endpoints.replicas import Replicas
     from llmmw.env import Env
     from llmmw.order import Role, Rule
     from llmmw.stores.base import Match
@@ -54,6 +55,15 @@ class ForkingLayer(Protocol):
 
     def bind_fork(self, targets: Sequence[Handler], env: Env) -> Bound:
         """Running state over one handler per endpoint, the engine's own first."""
+        ...
+
+
+@runtime_checkable
+class GroupingLayer(Protocol):
+    """A layer that makes one endpoint of several replicas; what stands inside is bound once for each of them."""
+
+    def bind_group(self, handlers: Sequence[Handler], replicas: Replicas, env: Env) -> Bound:
+        """Running state over one handler per replica."""
         ...
 
 

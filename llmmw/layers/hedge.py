@@ -43,7 +43,7 @@ class Hedger:
 
     def suits(self, call: Call) -> bool:
         """Whether two requests for this call do no harm."""
-        enough = call.tries_left is None or call.tries_left > 1
+        enough = call.tries_left is None or call.tries_left > 1 or call.beside is not None
         return enough and (self._duplicate_ok or is_deterministic(call))
 
     def refused(self, fault: Fault) -> None:
@@ -101,7 +101,7 @@ class Hedger:
 
     async def _double(self, call: Call, requests: list[_Request]) -> None:
         """Send the second request, unless something holds it back."""
-        second = _Request(self._inner, call, self._clock)
+        second = _Request(call.beside or self._inner, call, self._clock)  # another replica, where there is one
         requests.append(second)
         _ = second.task
         await self._clock.sleep(0)  # its first step takes it to the endpoint, or to where it would have to wait

@@ -85,6 +85,8 @@ class Retry(Positioned):
 class BoundRetry(Bound):
     """The loop of attempts at one endpoint."""
 
+    repeats: ClassVar[bool] = True
+
     def __init__(
         self, inner: Handler, env: Env, rules: Rules, budget: RetryBudget, hedger: Hedger | None = None
     ) -> None:
@@ -92,6 +94,7 @@ class BoundRetry(Bound):
         self._hedger = hedger
         self._rules = rules
         self._budget = budget
+        self.hedges = hedger is not None
         self._paced = _is_paced(inner)
         self._over_budget = 0
 

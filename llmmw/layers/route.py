@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.call import Attempt, Reply
+from llmmw.endpoints.replicas import PLACES, place_of
 from llmmw.errors import AllEndpointsFailed, CircuitOpen, Closed, ConfigError, DeadlineExceeded
 from llmmw.events import FellBack
 from llmmw.fault import Fault, FaultKind, classify
@@ -14,7 +15,6 @@ from llmmw.layers.attempt import after, annotate, begun, failure_of, make_attemp
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.routes import Failure, Route, answer_of, goes_elsewhere, history, route_to, words
 from llmmw.order import Role
-from llmmw.pool.guard import Guard, check_url
 from llmmw.settings import seconds, settings, text, whole
 from llmmw.wire import HTTPRequest
 
@@ -31,7 +31,6 @@ _UNCOUNTED = frozenset({FaultKind.RATE.value, FaultKind.REFUSED.value})
 """Attempts that do not count against `max_total_attempts`: the server said when, or nothing was sent."""
 
 _SHORTEST_WAIT_S = 0.05
-_TARGETS = "base URLs, endpoints, async callables or Fallback(...)"
 
 
 @settings
@@ -39,7 +38,7 @@ class Fallback:
     """One fallback with its own model name and size.
 
     Args:
-        endpoint: an `Endpoint`, a base URL or an async callable, as `Stack.bind` takes it.
+        endpoint: an `Endpoint`, a base URL, an async callable or a list of replicas, as `Stack.bind` takes it.
         model: name of the model there; by default the call's own.
         max_context: its context length in tokens. A prompt too long elsewhere is sent there only if this is larger
             than what was too small (or unknown).
@@ -50,7 +49,7 @@ class Fallback:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        _check_target("Fallback(endpoint=)", self.endpoint)
+        object.__setattr__(self, "endpoint", place_of("Fallback(endpoint=)", self.endpoint))
         if self.model is not None:
             text("Fallback(model=)", self.model)
         if self.max_context is not None:
@@ -71,7 +70,8 @@ class ErrorRouter(Positioned):
     is waited for.
 
     Args:
-        fallbacks: endpoints, base URLs, async callables, or `Fallback(endpoint, model=, max_context=)`.
+        fallbacks: endpoints, base URLs, async callables, lists of such (replicas of one fallback), or
+            `Fallback(endpoint, model=, max_context=)`.
         max_total_attempts: attempts over all endpoints; waits for a rate limit and refusals of our own do not count.
         rate_wait: while another endpoint could answer, a longer wait for a rate limit sends the call there.
         duplicate_ok: also send elsewhere what may be done already.
@@ -95,15 +95,14 @@ class ErrorRouter(Positioned):
 
     def __post_init__(self) -> None:
         if not isinstance(self.fallbacks, list | tuple):
-            raise ConfigError(f"ErrorRouter(fallbacks={self.fallbacks!r}): must be a list of {_TARGETS}")
-        for entry in self.fallbacks:
-            if not isinstance(entry, Fallback):
-                _check_target("ErrorRouter(fallbacks=)", entry)
+            raise ConfigError(f"ErrorRouter(fallbacks={self.fallbacks!r}): must be a list of {PLACES} or Fallback(...)")
+        option = "ErrorRouter(fallbacks=)"
+        found = tuple(entry if isinstance(entry, Fallback) else place_of(option, entry) for entry in self.fallbacks)
         whole("ErrorRouter(max_total_attempts=)", self.max_total_attempts)
         if self.max_context is not None:
             whole("ErrorRouter(max_context=)", self.max_context)
         object.__setattr__(self, "rate_wait", seconds("ErrorRouter(rate_wait=)", self.rate_wait))
-        object.__setattr__(self, "fallbacks", tuple(self.fallbacks))
+        object.__setattr__(self, "fallbacks", found)
 
     @property
     def targets(self) -> tuple[object, ...]:
@@ -123,14 +122,6 @@ class ErrorRouter(Positioned):
             found = entry if isinstance(entry, Fallback) else Fallback(entry)
             routes.append(route_to(handler, found.model, found.max_context))
         return BoundRouter(routes, env, self)
-
-
-def _check_target(option: str, value: object) -> None:
-    """A base URL or something to call; whether it can be called as an endpoint is seen when the stack is bound."""
-    if isinstance(value, str):
-        check_url(option, value, Guard())
-    elif isinstance(value, type) or not callable(value):
-        raise ConfigError(f"{option}={value!r}: must be one of {_TARGETS}")
 
 
 class BoundRouter(Bound):
