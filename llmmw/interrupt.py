@@ -44,20 +44,18 @@ class Alarms:
     A timer of its own costs each wait 2 µs, and the loop a longer heap.
     """
 
-    __slots__ = ("_clock", "_last", "_loop", "_rings_at", "_timer", "_waits")
+    __slots__ = ("_clock", "_last", "_rings_at", "_timer", "_waits", "loop")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The loop that all waits are on, since the first of them; asking for the running one is a system call."""
         self._timer: asyncio.TimerHandle | None = None
         self._waits: dict[Until[Any], float] = {}
         self._last = self._rings_at = -inf
 
     def add(self, wait: Until[Any], due: float) -> bool:
         """Interrupt this wait when it is due; False if it is due before one that was added earlier, or never."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._loop, self._timer, self._waits = loop, None, {}
         if due == inf or (due < self._last and self._waits):
             return False
         self._waits[wait] = self._last = due
@@ -67,6 +65,11 @@ class Alarms:
         if self._timer is None:
             self._set_timer(due, self._clock.monotonic())
         return True
+
+    def rehome(self) -> None:
+        """The loop is gone, and all waits with it."""
+        self.loop = self._timer = None
+        self._waits = {}
 
     def discard(self, wait: Until[Any]) -> None:
         """The wait is over. The timer stays as it is: the next wait may need it."""
@@ -87,7 +90,9 @@ class Alarms:
 
     def _set_timer(self, due: float, now: float) -> None:
         self._rings_at = due
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._ring)
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+        self._timer = self.loop.call_later(max(0.0, due - now), self._ring)
 
 
 class Until(Generic[T]):
@@ -106,7 +111,9 @@ class Until(Generic[T]):
     real cancellation of the task stays one.
     """
 
-    __slots__ = ("_alarms", "_clock", "_due", "_error", "_expired", "_handle", "_told", "_unsent", "_waiting", "_work")
+    _handle: asyncio.TimerHandle | None = None
+    _waiting: asyncio.Future[Any] | None = None
+    _expired = _told = _unsent = False
 
     def __init__(
         self,
@@ -122,9 +129,6 @@ class Until(Generic[T]):
         self._due = due
         self._error = error
         self._alarms = alarms
-        self._handle: asyncio.TimerHandle | None = None
-        self._waiting: asyncio.Future[Any] | None = None
-        self._expired = self._told = self._unsent = False
 
     def __await__(self) -> Generator[Any, Any, T]:
         """Run the work to its first suspension, arm the timer, then pass everything through by hand."""
@@ -133,7 +137,7 @@ class Until(Generic[T]):
             waiting = next(step)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]  # StopIteration is not generic
-        task = asyncio.current_task()
+        task = asyncio.current_task(None if self._alarms is None else self._alarms.loop)
         pending = 0 if task is None else task.cancelling()
         try:
             self._watch()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmmw.answer import Usage
-    from llmmw.call import Reply
+    from llmmw.call import Reply, Source
     from llmmw.events import CallResult, Event
 
 _BUCKETS_PER_OCTAVE = 32
@@ -231,10 +231,11 @@ class Stats:
         self._warnings[event.kind] = event.message
 
 
+_RESULTS: dict[Source, tuple[CallResult, str]] = {
+    "cache": ("hit", ""), "coalesced": ("coalesced", ""), "upstream": ("upstream", ""), "batch": ("upstream", ""),
+}  # fmt: skip
+
+
 def result_of(reply: Reply) -> tuple[CallResult, str]:
     """As what a call with this reply counts, and for a failure the error's name."""
-    if not reply.ok:
-        return "failed", f"status {reply.status}"
-    if reply.source == "cache":
-        return "hit", ""
-    return ("coalesced", "") if reply.source == "coalesced" else ("upstream", "")
+    return _RESULTS[reply.source] if reply.ok else ("failed", f"status {reply.status}")

@@ -32,11 +32,13 @@ class RetryBudget:
 
     def call_began(self) -> None:
         """A first attempt goes out: a tenth of one earns a repetition that passes even without tokens."""
-        self._spare = min(self._spare + SHARE_OF_TRAFFIC, _MAX_SPARE)
+        if self._spare < _MAX_SPARE:
+            self._spare = min(self._spare + SHARE_OF_TRAFFIC, _MAX_SPARE)
 
     def call_succeeded(self, last_cost: int) -> None:
         """A call succeeded: at once (`last_cost` 0), which earns a token, or repeated, which gets the cost back."""
-        self.level = min(self.level + (last_cost or 1), self._capacity)
+        if self.level < self._capacity:
+            self.level = min(self.level + (last_cost or 1), self._capacity)
 
     def take(self, cost: int, now: float, exchange: int = 0) -> bool:
         """Whether a repetition may go.

@@ -7,8 +7,8 @@ late; whoever reads an entry looks at its own time anyway.
 
 from __future__ import annotations
 
-import heapq
-import math
+from heapq import heappop, heappush
+from math import frexp, ldexp
 
 _SPANS = 7
 """A span is the lifetime over 64 to 128, a power of two: some hundred drawers whatever the lifetime."""
@@ -33,12 +33,12 @@ class Calendar:
             end: when it is over, in seconds, after `now`.
             now: on the same scale.
         """
-        span = 2.0 ** (math.frexp(end - now)[1] - _SPANS)
-        drawer = math.ceil(end / span) * span
+        span = ldexp(1.0, frexp(end - now)[1] - _SPANS)
+        drawer = -(-end // span) * span
         keys = self._drawers.get(drawer)
         if keys is None:
             keys = self._drawers[drawer] = set()
-            heapq.heappush(self._order, drawer)
+            heappush(self._order, drawer)
         keys.add(key)
         return drawer
 
@@ -56,5 +56,5 @@ class Calendar:
             while keys and len(found) < most:
                 found.append(keys.pop())
             if not keys:
-                del self._drawers[heapq.heappop(self._order)]
+                del self._drawers[heappop(self._order)]
         return found

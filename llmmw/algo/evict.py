@@ -7,7 +7,7 @@ asks for any more is overtaken by what comes in (aging without dividing by age).
 
 from __future__ import annotations
 
-import heapq
+from heapq import heappop, heappush
 
 MIN_COST_S = 0.001
 """An answer of unknown cost counts as a millisecond: then popularity and size still decide."""
@@ -28,7 +28,7 @@ class Slot:
     def __init__(self, key: bytes, size: int, cost_s: float, floor: float, hits: int) -> None:
         self.key = key
         self.size = size
-        self.cost_s = max(cost_s, MIN_COST_S)
+        self.cost_s = max(MIN_COST_S, cost_s)
         self.floor = floor
         self.hits = hits
         self.alive = True
@@ -110,14 +110,14 @@ class GDSF:
         """The open account that was worth least when it was last looked at."""
         while self._heap or self._former:
             is_first = bool(self._heap) and (not self._former or self._heap[0] < self._former[0])
-            entry = heapq.heappop(self._heap if is_first else self._former)
+            entry = heappop(self._heap if is_first else self._former)
             if entry[2].alive:
                 return entry
         return None
 
     def _push(self, slot: Slot) -> None:
-        self._count += 1
-        heapq.heappush(self._heap, (slot.worth(), self._count, slot))
+        self._count = count = self._count + 1
+        heappush(self._heap, (slot.worth(), count, slot))
         if self._former:
             self._move()
 
@@ -127,4 +127,4 @@ class GDSF:
                 return
             entry = self._former.pop()  # the last of a heap can go without disturbing it
             if entry[2].alive:
-                heapq.heappush(self._heap, entry)
+                heappush(self._heap, entry)

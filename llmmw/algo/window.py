@@ -18,7 +18,7 @@ class OutcomeWindow:
 
     def __init__(self, window_s: float) -> None:
         self._cell_s = window_s / _CELLS
-        self._cells: deque[tuple[int, int, int]] = deque()  # cell number, outcomes, failures among them
+        self._cells: deque[list[int]] = deque()  # cell number, outcomes, failures among them
         self.total = 0
         """Outcomes in the window as of the last `add`."""
         self.failed = 0
@@ -27,13 +27,14 @@ class OutcomeWindow:
     def add(self, now: float, *, failed: bool) -> None:
         """Count one outcome; time must not run backwards."""
         cell = int(now / self._cell_s)
-        total, failures = 1, int(failed)
-        if self._cells and self._cells[-1][0] == cell:
-            _, earlier, earlier_failures = self._cells.pop()
-            total, failures = earlier + 1, earlier_failures + failures
-        self._cells.append((cell, total, failures))
         self.total += 1
         self.failed += failed
+        last = self._cells[-1] if self._cells else None
+        if last is not None and last[0] == cell:
+            last[1] += 1
+            last[2] += failed
+            return
+        self._cells.append([cell, 1, int(failed)])
         while self._cells[0][0] < cell - _CELLS:
             _, gone, gone_failures = self._cells.popleft()
             self.total -= gone

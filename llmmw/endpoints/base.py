@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from msgspec.structs import replace
+
 from llmmw.events import UpstreamEnded, UpstreamStarted
 from llmmw.stream import at_end
 
@@ -72,23 +74,24 @@ class BatchEndpoint(Endpoint, Protocol):
 
 async def counted(env: Env, name: str, call: Call, work: Callable[[Call], Awaitable[Reply]]) -> Reply:
     """One attempt, told as UpstreamStarted and, at the end of its body, UpstreamEnded; service time is filled in."""
-    agent, began = call.context.agent, env.clock.monotonic()
+    clock, agent = env.clock.monotonic, call.context.agent
+    began = clock()
     env.emit(UpstreamStarted(name, agent))
     if call.on_sent is not None:
         call.on_sent()
     try:
         reply = await work(call)
     except BaseException:
-        env.emit(UpstreamEnded(name, ok=False, duration_s=env.clock.monotonic() - began, agent=agent))
+        env.emit(UpstreamEnded(name, ok=False, duration_s=clock() - began, agent=agent))
         raise
-    took_s = env.clock.monotonic() - began
-    told = reply.replace(endpoint=name, service_s=took_s)
+    took_s = clock() - began
+    told = replace(reply, endpoint=name, service_s=took_s)
     if reply.chunks is None:
         env.emit(UpstreamEnded(name, reply.ok, took_s, reply.usage, agent))
         return told
 
     def ended(end: End) -> None:
         ok = reply.ok and end.how == "finished"
-        env.emit(UpstreamEnded(name, ok, env.clock.monotonic() - began, end.usage, agent))
+        env.emit(UpstreamEnded(name, ok, clock() - began, end.usage, agent))
 
     return at_end(told, ended)

@@ -14,6 +14,7 @@ from llmmw.call import Reply
 from llmmw.endpoints.running import runs_inside
 from llmmw.engine.changing import Changing
 from llmmw.engine.closing import DRAIN_S, close_all, closed_error, give_up, note_or_raise, patience_after
+from llmmw.engine.figures import Figures
 from llmmw.engine.forgetting import Forgetting
 from llmmw.engine.home import Home
 from llmmw.engine.inflight import InFlight
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Engine(Forgetting, Keeping, Changing):
+class Engine(Forgetting, Keeping, Changing, Figures):
     """One stack at work. Use it from any thread, loop or plain code; close it with `async with`, `with` or `aclose`.
 
     At the end of its body `with` waits 30 s for calls in flight, after an interrupt (Ctrl-C, a cancellation) 5 s.
@@ -61,13 +62,14 @@ class Engine(Forgetting, Keeping, Changing):
         endpoints: Sequence[Endpoint],
         env: Env,
         hit_source: Bound | None,
-        timely: Handler | None = None,
+        timely: Bound | None = None,
     ) -> None:
         self._handler = handler
         self._timely = timely or handler
         self._bounds = tuple(bounds)
         self._endpoints = tuple(endpoints)
-        self._parts: tuple[Bound | Endpoint, ...] = (*(bound for _, bound in bounds), *endpoints)
+        kept = () if timely is None else (timely,)
+        self._parts: tuple[Bound | Endpoint, ...] = (*kept, *(bound for _, bound in bounds), *endpoints)
         self._hit_source = hit_source
         self.env = env
         self._stats = Stats()
@@ -195,18 +197,6 @@ class Engine(Forgetting, Keeping, Changing):
     ) -> None:
         self._calls.end(number)
         self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, usage, error))
-
-    # ── what it did ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def get_performance_stats(self) -> dict[str, Any]:
-        """Counters, sums and percentiles since the engine was made, as plain values; see the README for each key."""
-        gauges: dict[str, dict[str, object]] = {}
-        parts: list[tuple[str, Any]] = [*self._bounds, *(("pool", endpoint) for endpoint in self._endpoints)]
-        for name, part in parts:
-            read: Callable[[], dict[str, object]] | None = getattr(part, "gauges", None)
-            if read is not None and (found := read()):
-                gauges.setdefault(name, {}).update(found)
-        return self._stats.snapshot(len(self._calls), gauges)
 
     # ── lifetime ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -133,12 +133,15 @@ class BoundBreaker(Bound):
             raise self._open_error(call, line)
         if line.circuit.state != line.told:
             self._tell(call, line)
-        admitted = _Admitted(call, line, ticket, credential, own_ticket)
         try:
             reply = await self.inner(call)
         except BaseException as error:
-            self._judge(admitted, error)
+            self._judge(_Admitted(call, line, ticket, credential, own_ticket), error)
             raise
+        if reply.chunks is None and reply.ok and credential is None and not reply.exchange:  # as nearly always
+            self._take_in(call, line, ticket, "ok", self.env.clock.monotonic())
+            return reply
+        admitted = _Admitted(call, line, ticket, credential, own_ticket)
         if reply.chunks is None:
             self._judge(admitted, reply)
             return reply
@@ -198,13 +201,26 @@ class BoundBreaker(Bound):
         if exchange:
             # One request that failed for many calls is one failure.
             result = "neutral" if line.is_known(exchange) else result
-        line.circuit.record(admitted.ticket, result, now, draw=draw, asked_s=asked)
+        self._take_in(call, line, admitted.ticket, result, now, draw, asked)
+        if fault is not None or admitted.credential is not None:
+            self._settle_credential(admitted, fault, outcome, now, draw)
+
+    def _take_in(
+        self,
+        call: Call,
+        line: Line,
+        ticket: Ticket,
+        result: Result,
+        now: float,
+        draw: float = 0.0,
+        asked_s: float | None = None,
+    ) -> None:
+        """What the endpoint's circuit learns, and who hears of what that changes."""
+        line.circuit.record(ticket, result, now, draw=draw, asked_s=asked_s)
         if line.circuit.state != line.told and self._tell(call, line) == "open":
             self._shed(call, line)
         if line.waiters:
             line.wake()
-        if fault is not None or admitted.credential is not None:
-            self._settle_credential(admitted, fault, outcome, now, draw)
 
     def _settle_credential(
         self, admitted: _Admitted, fault: Fault | None, outcome: Reply | BaseException, now: float, draw: float

@@ -7,33 +7,24 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from msgspec.structs import replace
-
 from llmmw.env import variable
 from llmmw.errors import ConfigError
-from llmmw.events import CacheHit, CacheMiss, CacheSkipped
-from llmmw.keys import Sharing, Uncacheable, is_deterministic
-from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.cachefill import MAX_NEGATIVE_S, Filler
-from llmmw.layers.filling import ASIDE, Fill
+from llmmw.layers.base import Positioned
+from llmmw.layers.cachefill import MAX_NEGATIVE_S
+from llmmw.layers.cachelook import BoundCache
 from llmmw.order import Role
 from llmmw.settings import choice, number, positive_seconds, seconds, settings, text, whole
-from llmmw.stores.base import Match
 from llmmw.stores.memory import MemoryStore
-from llmmw.stores.record import STORABLE_OPS, play
 from llmmw.stores.tiered import TieredStore
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Handler, Reply
+    from llmmw.call import Handler
     from llmmw.env import Env
-    from llmmw.keys import Draw, Sampling
+    from llmmw.keys import Sampling
     from llmmw.stores.base import Backing, Codec
-    from llmmw.stores.memory import Resident
 
 _MAX_CODEC_NAME_BYTES = 255
 MODES = ("on", "off", "read", "write")
-
-_MISS = CacheMiss()
 
 
 @settings
@@ -149,189 +140,3 @@ def _check_places(directory: object, codec: object) -> None:
     if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= _MAX_CODEC_NAME_BYTES:
         # Not its repr, which may hold the key.
         raise ConfigError(f"TTLCache(codec=<{type(codec).__name__}>): its name {name!r} must be 1 to 255 bytes of text")
-
-
-class BoundCache(Bound):
-    """A TTLCache at work."""
-
-    def __init__(self, inner: Handler, env: Env, settings: TTLCache, mode: str, store: TieredStore) -> None:
-        super().__init__(inner, env)
-        self._settings = settings
-        self._mode = mode
-        self._reads = mode in {"on", "read"}
-        self._store = store
-        self._sharing = Sharing(settings.sampling, remote_content=settings.remote_content)
-        self._filler = Filler(
-            inner, env, settings, store, self._sharing, reads=self._reads, stores=mode in {"on", "write"}
-        )
-
-    async def __call__(self, call: Call, /) -> Reply:
-        """Answer from the cache, or ask inside and keep the answer."""
-        fill = call.fill
-        if fill is ASIDE:
-            return await self.inner(replace(call, fill=None))
-        if not isinstance(fill, Fill) or fill.filler is not self._filler:  # nobody has looked yet
-            found = self._at_hand(call)
-            if not isinstance(found, Fill):
-                return await self.inner(call) if found is None else found
-            call, fill = found.shared_call(), found
-        if fill.missed:
-            if fill.stale is None and self._store.backing is not None:
-                fill.stale = resident = await self._fetch(fill.draw)
-                hit = None if resident is None else self._given(call, fill.draw, resident, "disk")
-                if hit is not None:
-                    return hit
-            self.env.emit(_MISS)
-        return await self._filler.fill(call, fill)
-
-    def look(self, call: Call) -> Reply | Call:
-        """The answer in memory; else the call as it goes inside, with which this layer goes on when it is called."""
-        found = self._at_hand(call)
-        if isinstance(found, Fill):
-            return found.shared_call()
-        return replace(call, fill=ASIDE) if found is None else found
-
-    def _at_hand(self, call: Call) -> Reply | Fill | None:
-        """The answer in memory, or what is to be filled; None where the cache has nothing to do with the call."""
-        draw = self._draw(call)
-        if draw is None:
-            return None
-        filler = self._filler
-        if not self._reads or filler.is_shut(call.namespace):
-            return Fill(filler, call, draw)
-        resident = self._store.peek(draw.key)
-        if resident is not None:
-            reply = self._given(call, draw, resident, "memory")
-            if reply is not None:
-                return reply
-        return Fill(filler, call, draw, missed=True, stale=resident)
-
-    def _given(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
-        """The answer from an entry, where its age allows; one that is due or stale is renewed meanwhile."""
-        state = self._filler.state_of(resident)
-        if state == "fresh":
-            return self._hit(call, resident, tier)
-        if state == "expired":
-            return None
-        reply = self._hit(call, resident, tier, is_stale=state == "stale")
-        if reply is not None:
-            self._filler.refresh(call, draw)
-        return reply
-
-    def peek(self, call: Call) -> Reply | None:
-        """A fresh answer in memory; from any thread."""
-        if isinstance(call.fill, Fill) and call.fill.filler is self._filler:  # looked for already
-            self._sharing.give_back(call.fill.draw)
-            return None
-        if not self._reads or self._filler.is_shut(call.namespace):
-            return None
-        draw = self._draw(call, told=False)
-        if draw is None:
-            return None
-        resident = self._store.peek(draw.key)
-        if resident is not None and self._filler.state_of(resident) == "fresh":  # a refresh is the home loop's
-            reply = self._hit(call, resident, "memory")
-            if reply is not None:
-                return reply
-        self._sharing.give_back(draw)
-        return None
-
-    async def recall(self, call: Call) -> Reply | None:
-        """A stored answer, from memory or disk, without asking inside."""
-        draw = self._draw(call, told=False) if self._reads and not self._filler.is_shut(call.namespace) else None
-        if draw is None:
-            return None
-        tier, resident = "memory", self._store.peek(draw.key)
-        if resident is None:
-            tier, resident = "disk", await self._fetch(draw)
-        if resident is not None and self._filler.state_of(resident) in {"fresh", "due"}:
-            reply = self._hit(call, resident, tier)
-            if reply is not None:
-                return reply
-        self._sharing.give_back(draw)
-        return None
-
-    def keep(self, call: Call, reply: Reply) -> None:
-        """Store an answer that was obtained another way."""
-        draw = self._draw(call)
-        if draw is not None:
-            Fill(self._filler, call, draw).answered(reply)
-
-    def _draw(self, call: Call, *, told: bool = True) -> Draw | None:
-        """The call's place among those that share its answer, or None where the cache has nothing to do with it."""
-        if self._mode == "off":
-            return None
-        reason = "unknown operation"
-        if call.op in STORABLE_OPS:
-            try:
-                draw = self._sharing.draw(call)
-            except Uncacheable as error:
-                reason = error.reason
-                if told and call.op == "function":
-                    self._filler.warn_uncacheable(call, reason)
-            else:
-                if draw.key:
-                    return draw
-                reason = "not deterministic"
-        if told:
-            self.env.emit(CacheSkipped(reason))
-        return None
-
-    async def _fetch(self, draw: Draw) -> Resident | None:
-        """What is stored behind memory."""
-        try:
-            return await self._store.fetch(draw.key)
-        except BaseException:  # the caller has gone
-            self._sharing.give_back(draw)
-            raise
-
-    def _hit(self, call: Call, resident: Resident, tier: str, *, is_stale: bool = False) -> Reply | None:
-        """The answer from an entry, or None where it has not the form that is asked for."""
-        entry = resident.entry
-        reply = None if call.stream else resident.reply
-        if reply is None:
-            reply = play(entry, call)
-            if reply is None:
-                return None
-            if reply.data is entry.data:
-                resident.reply = reply  # frozen, so every hit can be given the same object
-        if is_stale:
-            reply = reply.replace(stale=True)
-        header = entry.header
-        self.env.emit(CacheHit(tier, header.usage, header.cost_s, is_stale, call.context.agent))
-        return reply
-
-    def invalidate(self, call: Call) -> int:
-        """Forget every stored answer to this request, in all its lanes; a fill in flight does not bring it back.
-
-        Returns how many entries left memory; rows on disk go in the background.
-        """
-        try:
-            base = Sharing("share", remote_content=self._settings.remote_content).draw(call).base
-        except Uncacheable:
-            return 0
-        if self._settings.sampling == "lanes" and not is_deterministic(call):
-            return self._store.discard(Match("base", base))
-        return self._store.forget(base)
-
-    def discard(self, match: Match) -> int:
-        """Forget every answer of a namespace or with a tag, also one in flight; returns how many left memory."""
-        return self._store.discard(match)
-
-    def begin_run(self) -> None:
-        """Every agent draws from its first sample again."""
-        self._sharing.begin_run()
-
-    def rehome(self) -> None:
-        """Refreshes under way are dropped; entries stay."""
-        self._filler.rehome()
-        self._store.rehome()
-
-    async def aclose(self) -> None:
-        """Stop refreshes and flush the disk tier."""
-        await self._filler.aclose()
-        await self._store.aclose()
-
-    def gauges(self) -> dict[str, object]:
-        """Mode, and the readings of the store."""
-        return {"mode": self._mode} | self._store.gauges()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from llmmw.events import CacheHit, CacheSkipped, CacheStored, Warned
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.filling import Fill
-from llmmw.stores.record import Making, NotStorable
+from llmmw.stores.record import Making
 from llmmw.stores.record import play as play_entry
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class Filler:
         self.reads = reads
         self._stores = stores
         self._early_refresh = settings.early_refresh
+        self._ttl_s = cast("float", settings.ttl)
+        self._negative_s = cast("float", settings.negative_ttl)
+        self._jitter = settings.jitter
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
         self._shut: set[str] = set()
@@ -69,7 +72,7 @@ class Filler:
         """What may be done with an entry now; "due" is fresh, but worth renewing."""
         now = self.env.clock.monotonic()
         fresh = now < resident.expires
-        if resident.entry.header.status >= FIRST_REFUSAL and not (fresh and self.settings.negative_ttl):
+        if resident.entry.header.status >= FIRST_REFUSAL and not (fresh and self._negative_s):
             return "expired"  # no refusal is served stale, nor one that another process keeps
         if fresh:
             return "due" if self._early_refresh and self._is_due(resident, now) else "fresh"
@@ -141,28 +144,19 @@ class Filler:
             return "mode"
         if reply.fallback and not self.settings.store_fallbacks:
             return "fallback's answer"
-        if not reply.ok and not self.settings.negative_ttl:
+        if not reply.ok and not self._negative_s:
             return "refused"
         return None
 
     def making(self, draw: Draw, reply: Reply, extra_s: float = 0.0) -> Making:
         """Lifetime and cost of a new entry."""
-        settings = self.settings
-        ttl_s = cast("float", settings.ttl if reply.ok else settings.negative_ttl)
-        if settings.jitter:
-            ttl_s *= 1.0 + settings.jitter * (2.0 * self.env.rng.random() - 1.0)
-        if not reply.ok:
+        env, ok, jitter = self.env, reply.ok, self._jitter
+        ttl_s = self._ttl_s if ok else self._negative_s
+        if jitter:
+            ttl_s *= 1.0 + jitter * (2.0 * env.rng.random() - 1.0)
+        if not ok:
             ttl_s = min(ttl_s, MAX_NEGATIVE_S)
-        return Making(draw.base, self.env.clock.wall(), ttl_s, reply.service_s + extra_s)
-
-    def check_unchanged(self, call: Call, draw: Draw) -> None:
-        """The answer is to the request as it was sent, the key to the request as it was made.
-
-        Raises:
-            NotStorable: somebody changed a list or mapping of it in between.
-        """
-        if not self.sharing.is_still(call, draw):
-            raise NotStorable("request changed meanwhile")
+        return Making(draw.base, env.clock.wall(), ttl_s, reply.service_s + extra_s)
 
     def leases(self) -> Leases | None:
         """Who of several processes asks upstream, where the cache has a directory and stores."""

@@ -70,6 +70,10 @@ class BoundDeadline(Bound):
             return reply
         return reply.replace(chunks=until_deadline(reply.chunks, clock, until, _exceeded))
 
+    def rehome(self) -> None:
+        """The waits are gone with their loop."""
+        self._alarms.rehome()
+
     def peek(self, call: Call) -> Reply | None:
         """What is at hand inside; it takes no time, so no deadline matters."""
         return self.inner.peek(call) if isinstance(self.inner, Bound) else None

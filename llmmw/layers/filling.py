@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from llmmw.stores.memory import Resident
     from llmmw.stream import End
 
+_CHANGED = "request changed meanwhile"
+"""A list or mapping of it: the answer is to the request as it was sent, the key to the request as it was made."""
+
 
 class Fill:
     """One answer on its way into the cache.
@@ -117,7 +120,8 @@ class Fill:
             recorder = Recorder(filler, call, reply, self.draw, self._since, self._lease)
             return reply.replace(chunks=Tap(reply.chunks, recorder.ended, recorder.add))
         try:
-            filler.check_unchanged(call, self.draw)
+            if not filler.sharing.is_still(call, self.draw):
+                raise NotStorable(_CHANGED)  # noqa: TRY301 — one place that tells why
             entry = record_reply(call, reply, filler.making(self.draw, reply))
         except NotStorable as error:
             filler.env.emit(CacheSkipped(error.reason))
@@ -171,7 +175,8 @@ class Recorder:
         try:
             if not finished:
                 raise NotStorable(f"stream {end.how}")  # noqa: TRY301 — one place that tells why
-            filler.check_unchanged(self._call, self._draw)
+            if not filler.sharing.is_still(self._call, self._draw):
+                raise NotStorable(_CHANGED)  # noqa: TRY301 — as above
             making = filler.making(self._draw, self._reply, took)
             entry = record_stream(self._call, self._reply, chunks, end.usage, making)
         except NotStorable as error:

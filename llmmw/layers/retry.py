@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmmw.env import Env
     from llmmw.fault import Fault
 
+_AT_FIRST = Progress()
+
 
 @settings
 class Retry(Positioned):
@@ -106,7 +108,7 @@ class BoundRetry(Bound):
             StreamInterrupted: from the reply's chunks, when a stream breaks after its first token.
         """
         self._budget.call_began()
-        progress, attempts, cost = Progress(), tuple[Attempt, ...](), 0
+        progress, attempts, cost = _AT_FIRST, tuple[Attempt, ...](), 0
         outcome: Reply | Exception | None = None
         try:
             while True:

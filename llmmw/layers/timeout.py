@@ -77,8 +77,9 @@ class BoundTimeout(Bound):
         """
         clock = self.env.clock
         began = clock.monotonic()
-        if call.deadline is not None:
-            self._refuse_if_hopeless(call, call.deadline - began, began)
+        deadline = call.deadline
+        if deadline is not None:
+            self._refuse_if_hopeless(call, deadline - began, began)
         if self._connect is not None:
             call = call.replace(connect_s=self._connect)
         watch = _Watch(call, began, self._total)
@@ -90,6 +91,10 @@ class BoundTimeout(Bound):
             return at_end(reply, lambda end: self._ended(call, reply, began, end.how))
         self._ended(call, reply, began, "finished")
         return reply
+
+    def rehome(self) -> None:
+        """The waits are gone with their loop."""
+        self._alarms.rehome()
 
     def _ended(self, call: Call, reply: Reply, began: float, how: Ending) -> None:
         if reply.ok and how == "finished":

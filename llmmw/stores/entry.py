@@ -70,8 +70,12 @@ class Entry(msgspec.Struct, frozen=True):
     def size(self) -> int:
         """Bytes it takes in memory, objects included."""
         header = self.header
-        named = len(header.namespace) + (sum(map(len, header.tags)) if header.tags else 0)
-        return len(self.data) + len(header.cuts or ()) * 36 + named + _OVERHEAD
+        size = len(self.data) + len(header.namespace) + _OVERHEAD
+        if header.tags:
+            size += sum(map(len, header.tags))
+        if header.cuts:
+            size += len(header.cuts) * 36
+        return size
 
     @property
     def is_stream(self) -> bool:

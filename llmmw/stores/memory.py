@@ -72,19 +72,20 @@ class MemoryStore:
     def put(self, key: bytes, entry: Entry, expires: float, gone: float, now: float) -> Resident | None:
         """Keep an entry, giving up others for it; None where it is too large to be kept at all."""
         size = entry.size
-        for over in self._ends.over(now, _SWEEP):
+        entries, ends = self._entries, self._ends
+        for over in ends.over(now, _SWEEP):
             self.delete(over)
-        former = self._entries.get(key)
+        former = entries.get(key)
         if former is not None:
             self.delete(key)
         if size > self.max_item_bytes:
             self.refused += 1
             return None
         hits = former.slot.hits + 1 if former is not None else 1
-        while self._entries and (self._bytes + size > self._max_bytes or len(self._entries) >= self._max_entries):
+        while entries and (self._bytes + size > self._max_bytes or len(entries) >= self._max_entries):
             self._evict()
         slot = self._policy.add(key, size, entry.header.cost_s, hits=hits)
-        resident = self._entries[key] = Resident(entry, expires, gone, slot, self._ends.add(key, gone, now))
+        resident = entries[key] = Resident(entry, expires, gone, slot, ends.add(key, gone, now))
         self._bytes += size
         return resident
 

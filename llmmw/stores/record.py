@@ -94,16 +94,16 @@ def record_stream(call: Call, reply: Reply, chunks: Sequence[Chunk], usage: Usag
 
 def _header(call: Call, reply: Reply, making: Making, usage: Usage) -> Header:
     return Header(
-        created=making.created,
-        ttl_s=making.ttl_s,
-        base=making.base,
-        namespace=call.namespace,
-        tags=call.context.tags,
-        cost_s=making.cost_s,
-        usage=usage,
-        status=reply.status,
-        content_type=(reply.header("content-type") or "") if reply.headers else "",
-        endpoint=reply.endpoint,
+        making.created,
+        making.ttl_s,
+        making.base,
+        call.namespace,
+        call.context.tags,
+        making.cost_s,
+        usage,
+        reply.status,
+        (reply.header("content-type") or "") if reply.headers else "",
+        reply.endpoint,
     )
 
 

@@ -744,7 +744,7 @@ async def test_a_refusal_that_another_process_keeps_is_not_served_where_none_are
     rig = Rig(error_reply(404), negative_ttl=30)
     await rig()
     assert (await rig()).status == 404
-    rig.cache._filler.settings = TTLCache(300)
+    rig.cache._filler._negative_s = 0.0
     assert rig.cache.peek(chat_call()) is None
     assert (await rig()).ok
 
