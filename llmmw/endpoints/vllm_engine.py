@@ -1,0 +1,144 @@
+"""`VLLMEngine`: vLLM inside this process, asked as its server would be asked, without the network."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from llmmw.endpoints.hosting import Hosting
+from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.errors import ConfigError, MissingExtra
+from llmmw.pool import BoundPool, ConnectionPool
+from llmmw.pool.engines.asgi import AppEngine
+from llmmw.pool.guard import Guard
+from llmmw.settings import text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from llmmw.call import Call, Reply
+    from llmmw.endpoints.hosting import Hosted
+    from llmmw.wire import HTTPRequest
+
+_BASE = "http://vllm.invalid/v1"
+"""Where the application's paths begin. The name is never resolved (RFC 6761)."""
+_WITH_PRIORITY = frozenset({"chat", "complete", "chat_batch", "responses"})
+_OF_AN_ENGINE = ("generate", "abort", "errored", "vllm_config")
+
+
+class VLLMEngine(HTTPEndpoint):
+    """A vLLM engine (`AsyncLLM`) in this process.
+
+        engine = VLLMEngine("meta-llama/Llama-3.1-8B-Instruct", max_model_len=8192, scheduling_policy="priority")
+        async with Client(engine, model="meta-llama/Llama-3.1-8B-Instruct") as client:
+            reply = await client.chat("Hello")
+
+    Requests, answers, streams and refusals are those of vLLM's server, because its own application makes them. The
+    engine starts with the first call (20 s and more; `ready` waits for it), on a thread and an event loop of its own,
+    so it outlives the caller's loop. Whoever closes the client or stack closes it; a script that starts one needs
+    `if __name__ == "__main__":`. A dead engine stays dead: make a new one.
+
+    Args:
+        model: name or directory of a model; or an `AsyncLLM` that is already made, which stays on the event loop on
+            which it was made and is closed by who made it.
+        name: what it is called in statistics, in routers and in the keys of a cache; by default after the model.
+        drain_timeout: seconds that closing waits for calls in flight.
+        options: what `vllm serve` takes, with underscores, such as max_model_len=, gpu_memory_utilization=,
+            served_model_name=, chat_template=, enable_auto_tool_choice=, tool_call_parser=. Whether vLLM knows them is
+            seen when it starts. For an AsyncLLM those of the API only.
+
+    Raises:
+        MissingExtra: vLLM is not installed.
+        ConfigError: `model` is neither.
+    """
+
+    def __init__(
+        self, model: object, *, name: str | None = None, drain_timeout: float | str = 10.0, **options: Any
+    ) -> None:
+        label, opening, loop = _given(model, options)
+        self._hosting = Hosting(opening, loop=loop, label="vLLM engine")
+        # Who waits is vLLM's to say, by its priorities; in the pool they would wait in order of arrival.
+        pool = ConnectionPool(max_connections=1_000_000, max_connection_age=None, drain_timeout=drain_timeout)
+        super().__init__(_BASE, pool=pool, duplicate_ok=True)
+        self._name = f"vllm:{label}" if name is None else text("VLLMEngine(name=)", name)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Batches of chats and of prompts too; and a lost call costs nothing but computing time."""
+        return super().capabilities | {"batch:chat", "batch:complete"}
+
+    async def ready(self) -> Self:
+        """Start the engine, where no call has, and wait until it runs.
+
+        Raises:
+            ConfigError: vLLM refuses its options.
+            ConnectionFailed: it did not start.
+            Closed: it was closed.
+        """
+        await self._hosting.ready()
+        return self
+
+    async def _attempt(self, call: Call) -> Reply:
+        await self._hosting.ready()
+        return await super()._attempt(call)
+
+    def _open(self) -> BoundPool:
+        if self._pool is None:
+            self._pool = BoundPool(self._settings, self._env, Guard(), lambda _: AppEngine(self._hosting))
+        return self._pool
+
+    def _request_for(self, call: Call) -> HTTPRequest:
+        # vLLM refuses a priority other than 0 where it does not schedule by priority.
+        if call.priority and call.op in _WITH_PRIORITY and self._hosting.hosted.by_priority:
+            call = call.replace(payload={"priority": call.priority, **call.payload})
+        return super()._request_for(call)
+
+    async def aclose(self) -> None:
+        """Wait for calls in flight (at most `drain_timeout`), then end the engine, its processes and thread."""
+        try:
+            await super().aclose()
+        finally:
+            # However often the caller is cancelled: what is half closed would keep the GPU.
+            await asyncio.shield(self._hosting.aclose())
+
+    def gauges(self) -> dict[str, object]:
+        """`state`, and what vLLM works on or keeps waiting (`unfinished`), beside those of the pool."""
+        found: dict[str, object] = {**super().gauges(), "engine": "vllm", "state": self._hosting.state}
+        if found["state"] == "running":
+            found["unfinished"] = self._hosting.hosted.unfinished()
+        return found
+
+    def __repr__(self) -> str:
+        return f"VLLMEngine({self._name!r})"
+
+    def __del__(self) -> None:
+        hosting = getattr(self, "_hosting", None)
+        if hosting is not None and hosting.state in {"starting", "running"}:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
+            hosting.end()
+
+
+def _given(
+    model: object, options: dict[str, Any]
+) -> tuple[str, Callable[[], AbstractAsyncContextManager[Hosted]], asyncio.AbstractEventLoop | None]:
+    """What an engine is called, how it is opened, and the loop that it has to live on."""
+    from llmmw.endpoints.vllm_app import joined, started  # noqa: PLC0415 — tests put others in their place
+
+    if isinstance(model, str | os.PathLike):
+        if find_spec("vllm") is None:
+            raise MissingExtra("VLLMEngine needs vLLM, which is not installed: pip install 'llmmw[vllm]'")
+        path = text("VLLMEngine(model=)", os.fspath(cast("str", model)))
+        return path, lambda: started(path, options), None
+    engine: Any = model
+    if not all(hasattr(engine, name) for name in _OF_AN_ENGINE):
+        raise ConfigError(
+            f"VLLMEngine(model={type(model).__name__}): expected the name or directory of a model, or vLLM's AsyncLLM"
+        )
+    # Its task that reads the outputs; where it has none yet, any loop will do.
+    reading: asyncio.Task[None] | None = getattr(engine, "output_handler", None)
+    label: str = engine.vllm_config.model_config.model
+    return label, lambda: joined(engine, options), None if reading is None else reading.get_loop()
