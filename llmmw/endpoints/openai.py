@@ -124,7 +124,9 @@ class HTTPEndpoint:
         return await generate_batch(self, calls, self._env)
 
     async def _attempt(self, call: Call) -> Reply:
-        request = self._request_for(call)
+        return await self._sent(call, self._request_for(call))
+
+    async def _sent(self, call: Call, request: HTTPRequest) -> Reply:
         try:
             response = await self._open().request(request, duplicate_ok=self._duplicate_ok, connect_s=call.connect_s)
             if _is_stream(call, response):
@@ -242,7 +244,7 @@ class HTTPEndpoint:
         return {} if self._pool is None else self._pool.gauges()
 
     def __repr__(self) -> str:
-        return f"HTTPEndpoint({self._name!r})"
+        return f"{type(self).__name__}({self._name!r})"
 
 
 def _located(base_url: str, allow_hosts: frozenset[str]) -> tuple[str, str, str]:

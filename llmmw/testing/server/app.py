@@ -37,6 +37,9 @@ ROUTES: Final[Mapping[str, Route]] = {
     "/tokenize": tokenize,
 }
 
+TELL_LOAD: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Where vLLM answers with the load header, and only whole answers: no stream, no batch, no refusal."""
+
 
 class _Listener(web.Server):
     """aiohttp's server, counting connections."""
@@ -204,10 +207,10 @@ class ModelServer:
             if error.status == 429:  # noqa: PLR2004 — only limits refuse with it
                 core.stats.refused_by_limit += 1
             answer = refusal(core.config, error, record.route)
-        wanted = request.headers.get("endpoint-load-metrics-format")
-        if wanted:
-            answer.headers = {**answer.headers, **load_header(core, wanted)}
         record.status = answer.status if isinstance(answer, Plain) else 200
+        wanted = request.headers.get("endpoint-load-metrics-format")
+        if wanted and isinstance(answer, Plain) and _outcome(record.status) == "ok" and record.route in TELL_LOAD:
+            answer.headers = {**answer.headers, **load_header(core, wanted)}
         if rule is not None:
             response = await damaged(rule, request, answer)
             record.outcome = _outcome(record.status) if rule.kind in HARMLESS else "broken"

@@ -55,7 +55,7 @@ def _histogram(name: str, label: str, histogram: Histogram) -> list[str]:
 
 def load_header(core: Core, wanted: str) -> dict[str, str]:
     """The ``endpoint-load-metrics`` response header in the asked format (``JSON`` or ``TEXT``), else nothing."""
-    waiting, usage = core.engine.waiting, round(core.engine.kv_usage, 6)
+    waiting, usage = float(core.engine.waiting), round(core.engine.kv_usage, 6)
     kind = wanted.upper()
     if kind == "JSON":
         inner = f'"kv_cache_usage_perc": {usage}, "num_requests_waiting": {waiting}'

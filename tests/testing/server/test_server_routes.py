@@ -211,6 +211,14 @@ async def test_load_header_on_request(server, post):
         ask = {"headers": {"endpoint-load-metrics-format": kind}}
         _, _, headers = await post(server, "/v1/chat/completions", {"messages": USER}, **ask)
         assert headers["endpoint-load-metrics"].startswith(start)
+    told = {"headers": {"endpoint-load-metrics-format": "JSON"}}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": USER, "stream": True}),
+        ("/v1/chat/completions/batch", {"messages": [USER]}),
+        ("/v1/chat/completions", {"messages": USER, "n": -1}),
+    ):
+        _, _, headers = await post(server, path, body, **told)
+        assert "endpoint-load-metrics" not in headers, "as vLLM: whole answers only"
 
 
 def test_tokens_are_runs_of_four_characters():
