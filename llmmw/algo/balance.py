@@ -164,7 +164,7 @@ class Balance:
         if self._easing or self._resting:
             whole = math.fsum(self._strength(other, now) for other in range(len(self.weights)))
         share = own / max(whole, own)
-        return after > rules.spill * share * (self._total + self._waiting(now) + 1)
+        return after > math.ceil(rules.spill * share * (self._total + self._waiting(now) + 1))
 
     def homes(self, key: str) -> tuple[int, ...]:
         """The first replicas in the order of preference of whoever has this name."""
