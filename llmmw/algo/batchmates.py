@@ -9,6 +9,7 @@ import msgspec
 from llmmw.algo.estimate import output_cap, prompt_tokens
 from llmmw.answer import Usage, items, mapping, problem_with, text_of, usage_of
 from llmmw.context import Urgency
+from llmmw.keys import is_deterministic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,6 +25,9 @@ _APART = frozenset({
     "echo", "suffix", "stream_options",
 })  # fmt: skip
 """Fields that a joint request ignores or gets wrong (vLLM's batch chat drops tools and ignore_eos silently)."""
+
+_NO_SAMPLES = frozenset({"best_of", "use_beam_search"})
+"""Fields beside which `n` means something else."""
 
 
 class Kind(NamedTuple):
@@ -59,7 +63,7 @@ def grouping(call: Call) -> Grouping | None:
     """
     if call.stream or call.direct:
         return None
-    kind = Kind(call.op, call.model, call.target, call.namespace, call.context.tenant, call.variant, call.priority)
+    kind = _kind_of(call)
     if call.op == "function":
         return Grouping(kind, joint=False)
     field = _PROMPT.get(call.op)
@@ -67,17 +71,46 @@ def grouping(call: Call) -> Grouping | None:
         return None
     if not _is_one_prompt(call.payload.get(field)):
         return None
-    # In the order they were given below the first level: that of a schema's fields can change the answer.
-    rest = [pair for pair in sorted(call.payload.items()) if pair[0] not in {field, "stream"}]
     try:
         # No list of prompts may hold texts and token ids.
-        shared = msgspec.json.encode((isinstance(call.payload[field], str), rest))
+        shared = msgspec.json.encode((isinstance(call.payload[field], str), _fields(call, {field, "stream"})))
         twin = msgspec.json.encode(call.payload[field]) if call.payload.get("temperature") == 0 else None
     except (TypeError, ValueError, RecursionError):
         return None
     native: Any = call.native
     headers = cast("tuple[tuple[str, str], ...]", native) if isinstance(native, tuple) else ()
     return Grouping(kind._replace(headers=headers, rest=shared), joint=native is None or native is headers, twin=twin)
+
+
+def sampling(call: Call) -> Kind | None:
+    """What calls have in common that ask the same and may each have an answer of their own: one with `n` has them all.
+
+    None where the answer is determined, or where n would not mean that: a stream, a seed (equal draws), `best_of`, a
+    transport edge's own request.
+    """
+    fields, native = call.payload, call.native
+    field = _PROMPT.get(call.op)
+    if field is None or call.stream or call.direct or not (native is None or isinstance(native, tuple)):
+        return None
+    if fields.get("seed") is not None or fields.get("n") not in (None, 1) or not _NO_SAMPLES.isdisjoint(fields):
+        return None
+    if is_deterministic(call) or not _is_one_prompt(fields.get(field)):
+        return None
+    try:
+        rest = msgspec.json.encode(_fields(call, {"n", "stream"}))
+    except (TypeError, ValueError, RecursionError):
+        return None
+    headers = cast("tuple[tuple[str, str], ...]", native or ())
+    return _kind_of(call)._replace(headers=headers, rest=rest)
+
+
+def _kind_of(call: Call) -> Kind:
+    return Kind(call.op, call.model, call.target, call.namespace, call.context.tenant, call.variant, call.priority)
+
+
+def _fields(call: Call, without: set[str]) -> list[tuple[str, object]]:
+    # In the order they were given below the first level: that of a schema's fields can change the answer.
+    return [pair for pair in sorted(call.payload.items()) if pair[0] not in without]
 
 
 def _is_one_prompt(prompt: object) -> bool:
@@ -125,15 +158,23 @@ def joint_call(calls: Sequence[Call], urgency: Urgency) -> Call:
     """
     first = calls[0]
     field = _PROMPT[first.op]
+    return _nobodys(calls, urgency).replace(
+        op="chat_batch" if first.op == "chat" else first.op,
+        payload={**first.payload, field: [call.payload[field] for call in calls]},
+    )
+
+
+def sampled_call(calls: Sequence[Call], urgency: Urgency) -> Call:
+    """One call for as many samples as calls that ask the same; likewise nobody's."""
+    return _nobodys(calls, urgency).replace(payload={**calls[0].payload, "n": len(calls)})
+
+
+def _nobodys(calls: Sequence[Call], urgency: Urgency) -> Call:
+    first = calls[0]
     waits = [call.rate_wait_s for call in calls]
     patience = None if None in waits else max(wait for wait in waits if wait is not None)
     return first.within(agent=None, sample=None, tags=(), priority=urgency.priority, deadline=urgency.deadline).replace(
-        op="chat_batch" if first.op == "chat" else first.op,
-        payload={**first.payload, field: [call.payload[field] for call in calls]},
-        urgency=urgency,
-        key=b"",
-        fill=None,
-        rate_wait_s=patience,
+        urgency=urgency, key=b"", fill=None, place=None, rate_wait_s=patience
     )
 
 

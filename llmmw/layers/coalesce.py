@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from llmmw.errors import AmbiguousOutcome, Closed
 from llmmw.events import Coalesced
-from llmmw.interrupt import until_deadline
 from llmmw.keys import Sharing, Uncacheable, key_of
 from llmmw.layers.base import Bound, Positioned
-from llmmw.layers.flight import Flight, current_flight, discard, expire, late, own_outcome
+from llmmw.layers.flight import Flight, current_flight, discard, expire, own_outcome, reader_of
+from llmmw.layers.samples import Samples
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings, whole
 from llmmw.stream import at_end
@@ -55,6 +55,11 @@ class Coalescer(Positioned):
         lease: seconds (or text such as "10s") after which a process that stands still loses its place; at most half
             the lifetime of the cache's answers. Renewed while the call runs. Needs `TTLCache(directory=)`.
 
+        merge_samples: calls that ask the same but may not share an answer (temperature above 0, and lanes or no cache)
+            become one request with `n` where the endpoint takes that: those of one loop turn, none waits longer. The
+            prompt is paid for once, each gets a sample of its own. Seeds, streams and n > 1 stay as they are, and so
+            do calls through somebody else's SDK.
+
     Raises:
         ConfigError: `buffer_bytes` is not a whole number of at least 1, `lease` no duration above zero.
     """
@@ -63,6 +68,7 @@ class Coalescer(Positioned):
     finish_orphans: bool = False
     buffer_bytes: int = 8 * 1024 * 1024
     lease: float | str | None = None
+    merge_samples: bool = False
 
     def __post_init__(self) -> None:
         whole("Coalescer(buffer_bytes=)", self.buffer_bytes)
@@ -80,6 +86,8 @@ class BoundCoalescer(Bound):
     def __init__(self, inner: Handler, env: Env, options: Coalescer) -> None:
         super().__init__(inner, env)
         self._options = options
+        self._samples = Samples(inner, env) if options.merge_samples else None
+        self._ask: Handler = self._samples or inner
         self._lease_s = cast("float | None", options.lease)
         self._table: dict[Key, Flight] = {}
         self._tasks: dict[asyncio.Task[None], Flight] = {}
@@ -97,7 +105,7 @@ class BoundCoalescer(Bound):
         """
         key = (call.key, call.stream) if call.key else self._own_key(call)
         if key is None:
-            return await self.inner(call)
+            return await self._ask(call)
         if self._closed:
             raise _closed()
         origin, flight = current_flight(), self._table.get(key)
@@ -111,7 +119,7 @@ class BoundCoalescer(Bound):
             if call.place is not None:
                 call.place.settle()
         if flight.tee is not None and flight.reply is not None:
-            landed: Landed = self._reader(flight.reply, flight.tee, call, own=True)
+            landed: Landed = reader_of(flight.reply, flight.tee, call, self.env.clock, own=True)
         else:
             landed = await self._wait(flight, call, origin)
         if landed is None:
@@ -148,6 +156,8 @@ class BoundCoalescer(Bound):
         if self._tasks:
             self._forsaken.append(self._tasks)
             self._tasks = {}
+        if self._samples is not None:
+            self._samples.rehome()
 
     async def aclose(self) -> None:
         """Cancel what flies and wait for it to end; who still waits for an answer gets Closed."""
@@ -160,6 +170,8 @@ class BoundCoalescer(Bound):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        if self._samples is not None:
+            await self._samples.aclose()
 
     def gauges(self) -> dict[str, object]:
         """Flights now, and calls waiting for one."""
@@ -216,13 +228,6 @@ class BoundCoalescer(Bound):
             flight.task.cancel()
         return True
 
-    def _reader(self, reply: Reply, tee: Tee, call: Call, *, own: bool) -> Reply:
-        """The stream from its beginning, under the caller's own deadline."""
-        chunks: Chunks = tee.reader(own=own)
-        if call.context.deadline is not None:
-            chunks = until_deadline(chunks, self.env.clock, call.context.deadline, late)
-        return reply.replace(chunks=chunks, source="coalesced", native=None) if own else reply.replace(chunks=chunks)
-
     # ── flying ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _launch(self, flight: Flight) -> None:
@@ -248,14 +253,14 @@ class BoundCoalescer(Bound):
     async def _obtain(self, flight: Flight) -> Reply:
         call, fill = flight.call.replace(urgency=flight.urgency, fill=None), flight.call.fill
         if fill is None:
-            return await self.inner(call)
+            return await self._ask(call)
         found = fill.look()
         if found is None and self._lease_s is not None:
             found = await fill.claim(self._lease_s)
         if found is not None:
             return found
         try:
-            reply = await self.inner(call)
+            reply = await self._ask(call)
         except BaseException:
             fill.failed()
             raise
@@ -267,7 +272,7 @@ class BoundCoalescer(Bound):
         flight.reply, flight.tee = reply, tee
         for waiter in flight.alive():
             own = waiter is not flight.leader
-            waiter.set_result(self._reader(reply, tee, flight.waiters[waiter], own=own))
+            waiter.set_result(reader_of(reply, tee, flight.waiters[waiter], self.env.clock, own=own))
         await tee.pump()
         self._end(flight)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmmw.algo.batchmates import Grouping
     from llmmw.algo.batchplan import GroupSize
     from llmmw.call import Call, Handler, Party, Urgency
-    from llmmw.env import Env
+    from llmmw.env import Clock, Env
 
     Lane = int | Party | str | None
     """A step, a party, what waits for nothing, or whatever else shares a moment."""
@@ -200,37 +200,20 @@ class Exchange:
             call = joint_call([item.call for item in items], urgency)
         elif len(everybody) > 1:
             call = call.replace(urgency=urgency)
-        outcome = await self._ask(call, urgency, everybody)
+        outcome = await ask_for_all(self._inner, call, urgency, everybody, self._env.clock)
         if len(items) == 1:
             items[0].give(outcome)
             return
-        number = next(_numbers)
+        number = next_number()
         if isinstance(outcome, Exception):
             for item in items:
                 item.give(_numbered(own_error(outcome) if item is not items[0] else outcome, number))
         elif outcome.ok:
             self._group_size.accepted(len(items))
-            self._hand_out(outcome, items, number)
+            for item, part in zip(items, parts_of(outcome, items, self._env, number), strict=True):
+                item.give(part)
         else:
             self._refused(outcome, items, number)
-
-    async def _ask(self, call: Call, urgency: Urgency, everybody: Sequence[Call]) -> Reply | Exception:
-        """Make the attempt; while it waits for its turn, flights among the callers may become more urgent."""
-
-        def listener(member: Call) -> Callable[[], None]:
-            return lambda: urgency.join(Context(priority=member.priority, deadline=member.deadline))
-
-        flights = [(member.urgency, listener(member)) for member in everybody if member.urgency is not None]
-        ends = [flight.subscribe(listen) for flight, listen in flights if call.urgency is urgency]
-        try:
-            outcome = await make_attempt(self._inner, call, self._env.clock)
-        finally:
-            for end in ends:
-                end()
-        if isinstance(outcome, Reply) and outcome.chunks is not None:
-            await outcome.chunks.aclose()
-            return ProtocolError("a stream in answer to a request without one", endpoint=outcome.endpoint)
-        return outcome
 
     def _refused(self, refusal: Reply, items: Sequence[Item], number: int) -> None:
         fault = classify(refusal, wall=self._env.clock.wall())
@@ -248,23 +231,54 @@ class Exchange:
             for item in items:
                 item.give(refusal.replace(exchange=number))
 
-    def _hand_out(self, answer: Reply, items: Sequence[Item], number: int) -> None:
-        """Everybody's part of a joint answer."""
-        headers = tuple(pair for pair in answer.headers if pair[0] not in _OF_THE_JOINT_BODY)
-        whole = answer.replace(data=None, native=None, headers=headers, source="batch", exchange=number)
-        try:
-            body = answer.body
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            body = None
-        for item, part in zip(items, split_answer(body, [item.call for item in items]), strict=True):
-            if isinstance(part, str):
-                item.give(_numbered(ProtocolError(part, endpoint=answer.endpoint), number))
-                continue
-            own, usage = part
-            agent = item.call.context.agent
-            if agent is not None:
-                self._env.emit(UsageShared(agent, usage))
-            item.give(whole.replace(data=msgspec.json.encode(own), usage=usage))
+
+async def ask_for_all(
+    inner: Handler, call: Call, urgency: Urgency, everybody: Sequence[Call], clock: Clock
+) -> Reply | Exception:
+    """Make the attempt; while it waits for its turn, flights among the callers may become more urgent."""
+
+    def listener(member: Call) -> Callable[[], None]:
+        return lambda: urgency.join(Context(priority=member.priority, deadline=member.deadline))
+
+    flights = [(member.urgency, listener(member)) for member in everybody if member.urgency is not None]
+    ends = [flight.subscribe(listen) for flight, listen in flights if call.urgency is urgency]
+    try:
+        outcome = await make_attempt(inner, call, clock)
+    finally:
+        for end in ends:
+            end()
+    if isinstance(outcome, Reply) and outcome.chunks is not None:
+        await outcome.chunks.aclose()
+        return ProtocolError("a stream in answer to a request without one", endpoint=outcome.endpoint)
+    return outcome
+
+
+def parts_of(answer: Reply, items: Sequence[Item], env: Env, number: int) -> list[Reply | ProtocolError]:
+    """Everybody's part of a joint answer, or why there is none; agents are told what theirs cost."""
+    headers = tuple(pair for pair in answer.headers if pair[0] not in _OF_THE_JOINT_BODY)
+    whole = answer.replace(data=None, native=None, headers=headers, source="batch", exchange=number)
+    try:
+        body = answer.body
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        body = None
+    found: list[Reply | ProtocolError] = []
+    for item, part in zip(items, split_answer(body, [item.call for item in items]), strict=True):
+        if isinstance(part, str):
+            error = ProtocolError(part, endpoint=answer.endpoint)
+            error.exchange = number
+            found.append(error)
+            continue
+        own, usage = part
+        agent = item.call.context.agent
+        if agent is not None:
+            env.emit(UsageShared(agent, usage))
+        found.append(whole.replace(data=msgspec.json.encode(own), usage=usage))
+    return found
+
+
+def next_number() -> int:
+    """For a request that carries several calls."""
+    return next(_numbers)
 
 
 def _numbered(error: Exception, number: int) -> Exception:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from llmmw.call import Urgency
 from llmmw.endpoints.running import bare_context
 from llmmw.errors import DeadlineExceeded
+from llmmw.interrupt import until_deadline
 from llmmw.stream.copies import NotCopyable, own_error, own_reply
 
 if TYPE_CHECKING:
     import asyncio
 
-    from llmmw.call import Call, Reply
+    from llmmw.call import Call, Chunks, Reply
+    from llmmw.env import Clock
     from llmmw.stream.tee import Tee
 
     Key = tuple[bytes, bool]
@@ -129,6 +131,14 @@ async def discard(landed: Landed) -> None:
     """Close the stream of an answer that nobody took."""
     if landed is not None and not isinstance(landed, BaseException) and landed.chunks is not None:
         await landed.chunks.aclose()
+
+
+def reader_of(reply: Reply, tee: Tee, call: Call, clock: Clock, *, own: bool) -> Reply:
+    """A shared stream from its beginning, under the caller's own deadline; `own`: a follower's copy."""
+    chunks: Chunks = tee.reader(own=own)
+    if call.context.deadline is not None:
+        chunks = until_deadline(chunks, clock, call.context.deadline, late)
+    return reply.replace(chunks=chunks, source="coalesced", native=None) if own else reply.replace(chunks=chunks)
 
 
 def expire(waiter: asyncio.Future[Landed]) -> None:
