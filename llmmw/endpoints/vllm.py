@@ -297,9 +297,9 @@ def _without(call: Call, field: str) -> Call:
     return call.replace(payload={name: value for name, value in call.payload.items() if name != field})
 
 
-def _with_version(base_url: str) -> str:
-    """The URL, with "/v1" where it names a host only."""
-    if not isinstance(base_url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's value, refused later
+def _with_version(base_url: Any) -> Any:
+    """The URL, with "/v1" where it names a host only. What is none is refused elsewhere."""
+    if not isinstance(base_url, str):
         return base_url
     place, mark, query = base_url.partition("?")
     host = place.partition("://")[2].rstrip("/")

@@ -261,7 +261,7 @@ async def test_now_and_then_an_answer_tells_of_the_servers_queue(server):
     assert endpoint.load == Load(waiting=0, kv_cache_usage=0.0)
     assert endpoint.gauges()["server_waiting"] == 0
     clock.advance(1.0)
-    await endpoint(chat(stream=True))
+    assert [chunk async for chunk in (await endpoint(chat(stream=True))).chunks]
     await endpoint(Call("embed", MODEL, {"model": MODEL, "input": "x"}))
     assert asks(server)[4:] == [False, False], "vLLM tells it in whole answers only"
     await endpoint(complete())
