@@ -52,12 +52,19 @@ class Grouping(msgspec.Struct, frozen=True):
     kind: Kind
     joint: bool
     """Whether they may share one request, where the endpoint takes that."""
-    twin: bytes | None = None
-    """Calls of one group and twin have one answer (temperature 0, same prompt); None: every call has its own."""
+    prompt: bytes = b""
+    """As JSON. In its order those whose prompts begin alike stand together: a server that fills its prefix cache as it
+    goes finds each prefix at once, and the same calls make the same request, in whatever order they came."""
+    greedy: bool = False
+
+    @property
+    def twin(self) -> bytes | None:
+        """Calls of one group and twin have one answer (temperature 0, same prompt); None: every call has its own."""
+        return self.prompt if self.greedy else None
 
 
 def grouping(call: Call) -> Grouping | None:
-    """The group of a call, or None for one that always goes alone (a stream, n > 1, tools, unknown operations).
+    """The group of a call, or None for one that goes alone (a stream, n > 1, tools, unknown operations, no JSON).
 
     A transport edge's own request never shares one: its headers hold the credential.
     """
@@ -74,12 +81,13 @@ def grouping(call: Call) -> Grouping | None:
     try:
         # No list of prompts may hold texts and token ids.
         shared = msgspec.json.encode((isinstance(call.payload[field], str), _fields(call, {field, "stream"})))
-        twin = msgspec.json.encode(call.payload[field]) if call.payload.get("temperature") == 0 else None
+        prompt = msgspec.json.encode(call.payload[field])
     except (TypeError, ValueError, RecursionError):
         return None
     native: Any = call.native
     headers = cast("tuple[tuple[str, str], ...]", native) if isinstance(native, tuple) else ()
-    return Grouping(kind._replace(headers=headers, rest=shared), joint=native is None or native is headers, twin=twin)
+    kind, greedy = kind._replace(headers=headers, rest=shared), call.payload.get("temperature") == 0
+    return Grouping(kind, native is None or native is headers, prompt, greedy)
 
 
 def sampling(call: Call) -> Kind | None:
@@ -121,23 +129,14 @@ def _is_one_prompt(prompt: object) -> bool:
     return bool(found) and isinstance(found[0], dict | int)
 
 
-def by_prefix(call: Call) -> bytes:
-    """Sorts calls of one group so that those whose prompts begin alike stand together, and the same calls the same way.
+def weight(call: Call, group: Grouping) -> tuple[int, int]:
+    """What a call adds to its group: bytes of its prompt as JSON, and tokens of prompt and permitted output.
 
-    A server that fills its prefix cache as it goes then finds each prefix at once, and who repeats a batch, in
-    whatever order its calls came, sends the same request.
-    """
-    return msgspec.json.encode(call.payload[_PROMPT[call.op]])
-
-
-def weight(call: Call) -> tuple[int, int]:
-    """What a call adds to a group: bytes of its prompt as JSON, and tokens of prompt and permitted output.
-
-    Of what is no JSON (a function's arguments) the texts count.
+    Of a function's arguments that are no JSON the texts count.
     """
     tokens = prompt_tokens(call.payload)
     try:
-        size = len(msgspec.json.encode(call.payload[_PROMPT[call.op]] if call.op in _PROMPT else call.payload))
+        size = len(group.prompt or msgspec.json.encode(call.payload))
     except (TypeError, ValueError, RecursionError):
         size = 4 * tokens
     return size, tokens + (output_cap(call.payload) or 0)

@@ -8,7 +8,7 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from llmmw.algo.batchmates import by_prefix, weight
+from llmmw.algo.batchmates import weight
 from llmmw.algo.batchplan import Plan, when_due
 from llmmw.errors import Closed
 from llmmw.events import BatchFlushed
@@ -107,7 +107,7 @@ class Gathering:
             item.waiters[waiter] = call
             self._plan.hasten(item, due)
         else:
-            size, tokens = weight(call) if self._weighs else (0, 0)
+            size, tokens = weight(call, group) if self._weighs else (0, 0)
             item = Item(call, lane, group, waiter)
             if group.twin is not None:
                 self._twins[lane, group.kind, group.twin] = item
@@ -247,7 +247,7 @@ class Gathering:
 
     def _send(self, items: Sequence[Item], *, jointly: bool) -> None:
         if jointly:
-            items = sorted(items, key=lambda item: by_prefix(item.call))
+            items = sorted(items, key=lambda item: item.group.prompt)
             self._start(items, Search(len(items), self._start))
             return
         for item in items:

@@ -109,6 +109,9 @@ class Samples:
 
     def _start(self, items: Sequence[Item]) -> None:
         self._env.emit(BatchFlushed(len(items), "samples"))
+        for item in items:
+            if item.call.place is not None:
+                item.call.place.settle()  # these will not come to the batcher
         # Joint work belongs to none of its callers: no context variables of theirs.
         task = asyncio.get_running_loop().create_task(self._obtain(items), context=bare_context())
         self._tasks[task] = items

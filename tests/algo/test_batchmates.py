@@ -142,11 +142,16 @@ def test_joint_call_is_as_urgent_and_patient_as_its_members() -> None:
 
 
 def test_weight_counts_the_prompt_as_it_is_sent() -> None:
-    bytes_, tokens = weight(chat_call("ä" * 100, max_tokens=7, temperature=0))
+    def weight_of(call: Call) -> tuple[int, int]:
+        group = grouping(call)
+        assert group is not None
+        return weight(call, group)
+
+    bytes_, tokens = weight_of(chat_call("ä" * 100, max_tokens=7, temperature=0))
     assert bytes_ == len(msgspec.json.encode(chat_call("ä" * 100).payload["messages"]))
     assert tokens == 50 + 4 + 7
-    assert weight(Call("function", "f", {"text": "x" * 40}))[0] == len(b'{"text":""}') + 40
-    assert weight(Call("function", "f", {"text": "x" * 40, "what": object()})) == (40, 10)
+    assert weight_of(Call("function", "f", {"text": "x" * 40}))[0] == len(b'{"text":""}') + 40
+    assert weight_of(Call("function", "f", {"text": "x" * 40, "what": object()})) == (40, 10)
 
 
 def search(bad: set[int], items: list[int], budget: list[int]) -> int:

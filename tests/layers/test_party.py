@@ -234,6 +234,20 @@ async def test_one_bad_item_fails_alone(clock: ManualClock) -> None:
     assert len(server.calls) <= 1 + 12 + 1
 
 
+@pytest.mark.parametrize("odd", [object(), "lone \ud800", float])
+def test_what_is_no_json_spoils_nobodys_request(odd: object) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        server = Server()
+        conversations = [[{"role": "user", "content": prompt}] for prompt in [*prompts(40), odd]]
+        async with client_of(server, clock) as client:
+            outcomes = await client.generate_batch(messages=conversations, temperature=1)
+        assert texts(outcomes)[:40] == echoes(prompts(40))
+        assert sorted(sizes(server)) == [1, 40]
+
+    run()
+
+
 @manual_time
 async def test_an_endpoint_that_finds_out_late_is_believed_at_once(clock: ManualClock) -> None:
     server = Server()
@@ -285,6 +299,24 @@ async def test_leaving_a_batch_cancels_its_requests(clock: ManualClock) -> None:
         assert (server.in_flight, server.cancelled) == (0, 2)
         (batcher,) = [bound for _, bound in client.engine._bounds if isinstance(bound, BoundBatcher)]
         assert (batcher.gauges(), batcher._gathering.entrance.inside) == ({"waiting": 0, "active": 0, "joint": True}, 0)
+
+
+@manual_time
+async def test_samples_that_are_merged_hold_up_nobody(clock: ManualClock) -> None:
+    server = Server()
+    server.capabilities = JOINT | {"n"}
+
+    def answer(call: Call) -> Reply:
+        assert call.payload["n"] == 8
+        return Reply(data=joint_body(["same"] * 8))
+
+    server._script = [answer]
+    asked = [*["same"] * 8, *prompts(50)]
+    async with client_of(server, clock, Coalescer(merge_samples=True)) as client:
+        outcomes = await client.generate_batch(messages=asked, temperature=1)
+    assert texts(outcomes) == echoes(asked)
+    assert sizes(server) == [1, 50]
+    assert clock.monotonic() == 1001
 
 
 class Slow(Bound):
