@@ -39,6 +39,8 @@ _HALF_LIFE_S = 1.0
 """A reading of the server's queue counts half after so long: a replica that looked busy once and is therefore not asked
 any more would else look busy for ever."""
 _FORGOTTEN_S = 8.0
+_LEAST = 0.5
+"""Less than half a request is none: between idle replicas it would decide everything."""
 _SUMMED_S = 0.05
 """The readings of all are added up at most this often, so that a choice costs the same among 4 replicas and 64."""
 _HASH_BITS = 52
@@ -231,7 +233,8 @@ class Balance:
 
 
 def _faded(waiting: float, at: float, now: float) -> float:
-    return waiting * math.exp2(-max(0.0, now - at) / _HALF_LIFE_S)
+    left = waiting * math.exp2(-max(0.0, now - at) / _HALF_LIFE_S)
+    return left if left >= _LEAST else 0.0
 
 
 def _distance(name: str, key: str) -> float:

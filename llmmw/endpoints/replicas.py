@@ -126,12 +126,13 @@ def replicas_of(value: object, make: Callable[[Any], Endpoint] = as_endpoint, *,
     given: list[Any] = [*value] if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  # a user's list
     if not given:
         raise ConfigError("endpoints=[]: name at least one")
-    found = [each if isinstance(each, Replica) else Replica(each) for each in given]
-    for number_, replica in enumerate(found):
-        if any(replica.endpoint is other.endpoint for other in found[:number_]):
-            raise ConfigError(f"{replica.endpoint!r} is named twice")
-    members = tuple(make(replica.endpoint) for replica in found)
-    texts = [member.name for member, replica in zip(members, found, strict=True) if isinstance(replica.endpoint, str)]
+    places = [each.endpoint if isinstance(each, Replica) else each for each in given]
+    weights = tuple(float(each.weight) if isinstance(each, Replica) else 1.0 for each in given)
+    for at, place in enumerate(places):
+        if any(place is other for other in places[:at]):
+            raise ConfigError(f"{place!r} is named twice")
+    members = tuple(make(place) for place in places)
+    texts = [member.name for member, place in zip(members, places, strict=True) if isinstance(place, str)]
     twice = [name for name, count in Counter(texts).items() if count > 1]
     if twice:
         raise ConfigError(f"{twice[0]!r} is named twice")
@@ -140,7 +141,7 @@ def replicas_of(value: object, make: Callable[[Any], Endpoint] = as_endpoint, *,
         name if name not in names[:at] else f"{name} #{names[:at].count(name) + 1}" for at, name in enumerate(names)
     )
     first = min(range(len(names)), key=lambda at: (_by_value(names[at]), at))
-    return Replicas(members, tuple(float(replica.weight) for replica in found), labels, first, alias)
+    return Replicas(members, weights, labels, first, alias)
 
 
 def _by_value(name: str) -> list[tuple[int, str]]:
