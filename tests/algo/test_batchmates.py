@@ -13,6 +13,8 @@ from llmmw.algo.batchmates import (
     grouping,
     joint_call,
     pieces_of,
+    sampled_call,
+    sampling,
     split_answer,
     urgency_of,
     weight,
@@ -247,3 +249,71 @@ def test_every_item_gets_exactly_one_outcome(indices: list[int], tokens: int) ->
         assert isinstance(part, str) is (indices.count(number) != 1)
         if not isinstance(part, str):
             assert part[0]["choices"][0]["message"]["content"] == str(number)
+
+
+# ── several samples of one question ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        chat_call("a", temperature=0),
+        chat_call("a", seed=1),
+        chat_call("a", n=2),
+        chat_call("a", best_of=3),
+        chat_call("a", use_beam_search=True),
+        chat_call("a", stream=True),
+        chat_call("a", odd={1, 2}.__iter__()),
+        chat_call("a").replace(direct=True),
+        chat_call("a").replace(native=HTTPRequest("POST", "http://fake.test/v1")),
+        Call("embed", "m", {"input": "a"}),
+        Call("messages", "m", {"messages": []}),
+        Call("complete", "m", {"prompt": ["a", "b"]}),
+    ],
+    ids=range(12),
+)
+def test_what_n_does_not_fit_is_no_sample_of_many(call: Call) -> None:
+    assert sampling(call) is None
+
+
+def test_samples_of_one_question_have_everything_but_the_asker_in_common() -> None:
+    one = chat_call("a", temperature=1, tools=[{}], context=Context(agent="x", sample=1, tags=("t",)))
+    two = chat_call("a", temperature=1, tools=[{}], context=Context(agent="y", sample=2))
+    assert sampling(one) == sampling(two) is not None
+    call = sampled_call([one, two, two], Urgency(3, 5.0))
+    assert call.payload == {**one.payload, "n": 3}
+    assert (call.context, call.priority, call.key) == (Context(priority=3, deadline=5.0), 3, b"")
+    for other in (chat_call("b", temperature=1, tools=[{}]), chat_call("a", temperature=1), two.replace(model="o")):
+        assert sampling(other) not in {None, sampling(one)}
+
+
+@QUICK
+@given(
+    st.lists(st.text(max_size=12), min_size=1, max_size=9),
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.randoms(use_true_random=False),
+)
+def test_every_sample_is_somebodys_and_no_token_is_lost(texts: list[str], given_in: int, given_out: int, rng) -> None:  # type: ignore[no-untyped-def]
+    calls = [chat_call("same", temperature=1)] * len(texts)
+    choices = [
+        {"index": index, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        for index, text in enumerate(texts)
+    ]
+    rng.shuffle(choices)
+    usage = {"prompt_tokens": given_in, "completion_tokens": given_out}
+    parts = split_answer({"choices": choices, "usage": usage}, calls)
+    found = [part for part in parts if not isinstance(part, str)]
+    assert [own["choices"][0]["message"]["content"] for own, _ in found] == texts
+    assert [own["choices"][0]["index"] for own, _ in found] == [0] * len(texts)
+    assert sum((usage for _, usage in found), Usage()) == Usage(given_in, given_out, reported=True)
+
+
+@QUICK
+@given(st.lists(st.text(alphabet="ab", max_size=6), min_size=2, max_size=20), st.text(alphabet="ab", max_size=3))
+def test_prompts_that_begin_alike_stand_together(prompts: list[str], prefix: str) -> None:
+    groups = [grouping(chat_call(prompt)) for prompt in prompts]
+    order = [text for _, text in sorted(zip([group.prompt for group in groups if group], prompts, strict=True))]
+    alike = [text.startswith(prefix) for text in order]
+    first, count = alike.index(True) if True in alike else 0, sum(alike)
+    assert all(alike[first : first + count])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llmmw import errors
-from llmmw.call import Call, Context, Reply
+from llmmw.call import Call, Context, Party, Place, Reply
 from llmmw.env import Env
 from llmmw.layers.batch import Batcher
 from llmmw.layers.deadline import Deadline
@@ -90,6 +90,7 @@ class BatcherModel(RuleBasedStateMachine):
         barrier=st.sampled_from([None, None, 2, 3]),
         drain=st.booleans(),
         joint=st.sampled_from(["auto", "auto", "auto", "off"]),
+        min_size=st.sampled_from([1, 1, 3]),
     )
     def begin(
         self,
@@ -101,6 +102,7 @@ class BatcherModel(RuleBasedStateMachine):
         barrier: int | None,
         drain: bool,
         joint: str,
+        min_size: int,
     ) -> None:
         clock = self.clock = ManualClock()
         self.runner = asyncio.Runner(loop_factory=lambda: ManualLoop(clock))
@@ -113,6 +115,7 @@ class BatcherModel(RuleBasedStateMachine):
             barrier=barrier,
             drain=drain,
             joint=joint,
+            min_size=min_size,
             flush_interval=0.2,
         )
         env = Env(clock=self.clock, seed=1).endowed(frozenset({"batch:chat", "batch:complete"}))
@@ -122,6 +125,7 @@ class BatcherModel(RuleBasedStateMachine):
         self.left: set[asyncio.Task[Reply]] = set()
         self.closing = self.shed = self.ever_bad = False
         self.modes = {"ok"}
+        self.places: list[Place] = []
 
     def turn(self, seconds: float = 0.0) -> None:
         """Let the loop run so long."""
@@ -164,10 +168,10 @@ class BatcherModel(RuleBasedStateMachine):
             name = f"{'same' if shared else f'n{len(self.calls)}'}{' bad' if bad else ''}{' long' * 30 * long}"
             self.ask(f"{kind} {temperature} {name}", Context(agent=agent, step=step, deadline=until))
 
-    def ask(self, prompt: str, context: Context) -> None:
+    def ask(self, prompt: str, context: Context, place: Place | None = None) -> None:
         """Make a call; kind and temperature are the first words of its prompt."""
         kind, temperature, *_ = prompt.split()
-        call = chat_call(prompt, context=context, model=kind, temperature=int(temperature))
+        call = chat_call(prompt, context=context, model=kind, temperature=int(temperature)).replace(place=place)
 
         async def ask() -> Reply:
             return await self.timely(call)
@@ -180,6 +184,32 @@ class BatcherModel(RuleBasedStateMachine):
         for number in range(count):
             self.ask(f"{kind} 1 n{len(self.calls)}{' bad' if number == bad else ''}", Context())
         self.turn(0.02)
+
+    @rule(
+        kind=st.sampled_from(KINDS),
+        count=st.integers(1, 9),
+        absent=st.sampled_from([0, 0, 1, 3]),
+        whole=st.booleans(),
+        later=st.booleans(),
+        bad=st.sampled_from([False, False, True]),
+    )
+    def party(self, kind: str, count: int, absent: int, *, whole: bool, later: bool, bad: bool) -> None:
+        """Calls made together, some of which are held up elsewhere, perhaps for ever."""
+        party = Party()
+        self.places += [party.join() for _ in range(absent)]
+        for number in range(count):
+            self.ask(f"{kind} 1 n{len(self.calls)}{' bad' if bad and not number else ''}", Context(), party.join())
+            if later:
+                self.turn()
+        if whole:
+            self.here(party.close)
+        self.turn()
+
+    @rule(which=st.integers(0, 10_000))
+    @precondition(lambda self: bool(self.places))
+    def turn_up(self, which: int) -> None:
+        """One who was on the way has had an answer elsewhere."""
+        self.here(self.places.pop(which % len(self.places)).settle)
 
     @rule(which=st.integers(0, 10_000))
     @precondition(lambda self: any(not task.done() for _, _, task in self.calls))
@@ -241,7 +271,8 @@ class BatcherModel(RuleBasedStateMachine):
         gathering = self.batcher._gathering
         assert self.batcher.gauges() | {"joint": None} == {"waiting": 0, "active": 0, "joint": None}
         assert gathering.entrance.inside == 0
-        for kept in (gathering._twins, gathering._tasks, gathering._plan._entries, gathering._plan._lanes):
+        parties = {party for party in gathering._parties if gathering._plan.has(party)}
+        for kept in (gathering._twins, gathering._tasks, gathering._plan._entries, gathering._plan._lanes, parties):
             assert not kept
         assert self.upstream.in_flight == 0
         for prompt, call, task in self.calls:
@@ -284,6 +315,6 @@ class BatcherModel(RuleBasedStateMachine):
 
 
 BatcherModel.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, phases=(Phase.explicit, Phase.generate)
+    max_examples=80, stateful_step_count=40, derandomize=True, deadline=None, phases=(Phase.explicit, Phase.generate)
 )
 TestBatcherModel = BatcherModel.TestCase
