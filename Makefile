@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-eviction bench-disk bench-batch vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-eviction bench-disk bench-batch bench-joint vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -74,6 +74,9 @@ bench-disk: $(READY)  ## the disk tier under a foreign lock, beside its floors, 
 
 bench-batch: $(READY)  ## what a call costs the batcher when few and when many wait
 	$(BIN)/python benchmarks/batch_growth.py
+
+bench-joint: $(READY)  ## many chats at once: side by side, and in joint requests of several sizes
+	$(BIN)/python benchmarks/batch_joint.py
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve

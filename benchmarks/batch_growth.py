@@ -85,7 +85,7 @@ def key_of(number: int) -> tuple[object, ...]:
 
 async def measure_batcher(way: str, waiting: int, calls: int) -> float:
     """CPU seconds of submitting and withdrawing, with so many waiting."""
-    options = Batcher(max_size=ROOM, max_queue=ROOM, flush_interval=3600, **WAYS[way])
+    options = Batcher(joint="on", min_size=1, max_size=ROOM, max_queue=ROOM, flush_interval=3600, **WAYS[way])
     batcher = options.bind(stands_still, Env())
     busy = asyncio.ensure_future(batcher(call_of(-1, way)))
     await asyncio.sleep(0)

@@ -157,7 +157,9 @@ class BatchFlushed(Event, frozen=True):
 
     size: int
     cause: str
-    """"size", "bytes", "tokens", "interval", "idle", "deadline", "barrier", "close", or "offline" (a batch API)."""
+    """"size", "bytes", "tokens", "interval", "idle", "few" (waiting could not have helped), "together"
+    (a `generate_batch` was complete), "deadline", "barrier", "close", "samples" (one request with n), or "offline" (a
+    batch API)."""
 
 
 class ConnectionOpened(Event, frozen=True):
