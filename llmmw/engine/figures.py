@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmmw.engine.onhome import OnHome
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from llmmw.endpoints.base import Endpoint
     from llmmw.engine.inflight import InFlight
     from llmmw.stats import Stats
+
+
+_LARGEST = frozenset({"paused_s", "shared_by", "server_kv_cache_usage"})
+"""Readings of which the largest says something about several endpoints, and the sum nothing."""
 
 
 class Figures(OnHome):
@@ -28,5 +32,17 @@ class Figures(OnHome):
         for name, part in parts:
             read: Callable[[], dict[str, object]] | None = getattr(part, "gauges", None)
             if read is not None and (found := read()):
-                gauges.setdefault(name, {}).update(found)
+                _add(gauges.setdefault(name, {}), found)
         return self._stats.snapshot(len(self._calls), gauges)
+
+
+def _add(known: dict[str, object], found: dict[str, object]) -> None:
+    """The readings of one more layer of a kind: counts add up, what is told of each by name is told of all."""
+    for name, value in found.items():
+        before = known.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            known[name] = {**cast("dict[str, object]", before), **cast("dict[str, object]", value)}
+        elif isinstance(value, bool) or not (isinstance(value, int | float) and isinstance(before, int | float)):
+            known[name] = value or before or value
+        else:
+            known[name] = max(before, value) if name in _LARGEST else before + value

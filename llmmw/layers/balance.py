@@ -96,7 +96,8 @@ class Balancer(Positioned):
 
 def _guarded(handler: Handler, env: Env) -> Handler:
     """The handler, with a circuit where it has none: that is what a sick replica is ejected by."""
-    return handler if route_to(handler, None, None).breaker is not None else CircuitBreaker().bind(handler, env)
+    has_one = isinstance(route_to(handler, None, None).breaker, BoundBreaker)
+    return handler if has_one else CircuitBreaker().bind(handler, env)
 
 
 class _Miss(Failure, frozen=True):

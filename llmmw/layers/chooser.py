@@ -83,6 +83,8 @@ class Chooser:
 
     def has_well(self, model: str, but: Sequence[int]) -> bool:
         """Whether there is another that is well."""
+        if not self._sick:
+            return len(self._targets) - self._balance.weights.count(0.0) > len({*but})
         return any(self._is("well", model, but, index) for index in range(len(self._targets)))
 
     def is_resting(self, index: int, model: str) -> bool:

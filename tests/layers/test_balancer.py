@@ -797,6 +797,7 @@ async def test_every_replica_has_limits_of_its_own_and_all_are_changed_together(
     async with bound(clock, upstreams, RateLimiter(concurrency=2)) as engine:
         await asyncio.gather(*(engine.call(by(prompt=str(number))) for number in range(8)))
         assert [upstream.peak for upstream in upstreams] == [2, 2]
+        assert engine.get_performance_stats()["layers"]["limit"]["concurrency"] == 4  # of both
         engine.reconfigure("limit", concurrency=4)
         await asyncio.gather(*(engine.call(by(prompt=str(number))) for number in range(16)))
         assert [upstream.peak for upstream in upstreams] == [4, 4]
