@@ -22,6 +22,7 @@ from llmmw import (
     Replica,
     Retry,
     Stack,
+    Timeout,
     TTLCache,
     errors,
 )
@@ -272,6 +273,21 @@ async def test_one_attempt_each_then_the_last_repeats_as_retry_allows(clock: Man
         reply = await engine.call(by())
     assert sorted(asked(upstreams)) == [1, 1, 3]
     assert (reply.status, len(reply.attempts)) == (503, 5)
+
+
+@manual_time
+async def test_a_server_that_hangs_is_left_for_the_other(clock: ManualClock) -> None:
+    upstreams = servers(2, latency_s=0.1)
+    for upstream in upstreams:
+        upstream.capabilities = frozenset({"idempotent"})  # type: ignore[attr-defined]
+    upstreams[0].latency_s = 1e9
+    async with bound(clock, upstreams, Retry(), CircuitBreaker(), Timeout(30)) as engine:
+        replies = await asyncio.gather(*(engine.call(by(prompt=str(number))) for number in range(30)))
+        assert all(reply.endpoint == "http://r1.test/v1" for reply in replies)
+        assert 1030 <= clock.monotonic() < 1031
+        again = [await engine.call(by(prompt=str(number))) for number in range(30)]
+        assert clock.monotonic() < 1035  # ejected, so nobody waits for it again
+    assert all(reply.ok for reply in again)
 
 
 @manual_time
