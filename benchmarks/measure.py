@@ -40,7 +40,7 @@ class Row:
 
     section: str
     name: str
-    unit: Literal["µs", "ms", "s", "MB"]
+    unit: Literal["µs", "ms", "s", "MB", ""]
     values: list[float] = dataclasses.field(default_factory=list[float])
     """One per repeat."""
     p50: float | None = None
@@ -113,11 +113,13 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
-def concluded(results: Sequence[object], broken: Sequence[str], progress: Progress, path: Path | None) -> int:
-    """Tell how many budgets are broken, and write the figures if asked to; the exit status."""
+def concluded(
+    results: Sequence[object], broken: Sequence[str], progress: Progress, path: Path | None, **more: object
+) -> int:
+    """Tell how many budgets are broken, and write the figures (and *more*) if asked to; the exit status."""
     print(f"\n{len(broken)} budgets broken, {progress.took_s:.1f} s, load {os.getloadavg()[0]:.1f}")
     if path is not None:
-        write_json(path, {"machine": machine(), "results": results, "broken": broken})
+        write_json(path, {"machine": machine(), "results": results, "broken": broken, **more})
     return 1 if broken else 0
 
 

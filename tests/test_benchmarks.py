@@ -133,11 +133,26 @@ def test_outages_are_counted_and_judged(tmp_path):
 def test_growth_is_measured_for_each_size_and_judged(tmp_path):
     target = tmp_path / "found.json"
     command = [sys.executable, str(BENCHMARKS / "growth.py"), "--json", str(target), "--repeats", "1"]
-    command += ["--largest", "1000", "--calls", "200", "--only", "memory hit", "waiter left"]
+    command += ["--largest", "1000", "--calls", "200", "--only", "memory hit", "disk", "waiter left"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode in {0, 1}, done.stderr
     found = json.loads(target.read_text())
-    assert [row["name"] for row in found["rows"]] == ["memory hit", "memory hit, on any", "waiter left"]
-    assert all(row["us"].keys() == {"1000"} and row["ratio"] == 1 and row["ok"] for row in found["rows"])
+    assert [row["name"] for row in found["results"]] == ["memory hit", "memory hit, on any", "disk hit", "waiter left"]
+    sizes = [["1000"]] * 3 + [["1", "1000"]]
+    assert [list(row["us"]) for row in found["results"]] == sizes
+    assert all(row["growth"] is None and row["ok"] and row["in_all"] > 0 for row in found["results"])
     assert len(found["memory_mb"]) == 10
     assert "1.00x  ok" in done.stdout
+
+
+def test_growth_is_judged_between_two_sizes_and_shown_over_all(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from growth import CASES, judged, table
+
+    case = CASES[0]
+    kept = judged(case, "memory hit", {1_000: 5.0, 100_000: 6.4, 1_000_000: 9.0})
+    over = judged(case, "memory miss, stored", {1_000: 5.0, 100_000: 6.6})
+    known = judged(case, "memory hit, on any", {1_000: 5.0, 100_000: 50.0})
+    assert [row["ok"] for row in (kept, over, known)] == [True, False, True]
+    assert (kept["growth"], kept["in_all"]) == (1.28, 1.8)
+    assert "OVER 1.3" in table([kept, over, known])
