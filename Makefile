@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-eviction bench-disk bench-batch bench-joint vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -77,6 +77,9 @@ bench-batch: $(READY)  ## what a call costs the batcher when few and when many w
 
 bench-joint: $(READY)  ## many chats at once: side by side, and in joint requests of several sizes
 	$(BIN)/python benchmarks/batch_joint.py
+
+bench-replicas: $(READY)  ## several unlike servers: round robin, at random, two choices, the agent's own
+	$(BIN)/python benchmarks/replicas.py
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve
