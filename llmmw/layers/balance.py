@@ -146,7 +146,7 @@ class BoundBalancer(Bound):
                 if index is None:
                     return self._fail(failures)
                 route = self._routes[index]
-                if failures:
+                if failures and failures[-1].route is not route:
                     self.env.emit(Rerouted(failures[-1].route.name, route.name, failures[-1].fault.kind.value))
                 asked.append(index)
                 addressed = self._addressed(call, index, asked, failures)
