@@ -10,30 +10,26 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from llmmw.answer import items, mapping
 from llmmw.bench.figures import Row, Sample, extrapolated
-from llmmw.bench.shapes import Tally, Target
+from llmmw.bench.shapes import Tally, Target, client_of
 from llmmw.call import Call
 from llmmw.edges.client import Client
-from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.edges.requests import answer_of
+from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.env import SYSTEM_CLOCK
 from llmmw.errors import ConfigError, LLMMWError, UpstreamTimeout
-from llmmw.fault import error_of
 from llmmw.stack import Stack
-from llmmw.wire import decode_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from llmmw.bench.shapes import Shape
-    from llmmw.wire import HTTPRequest
 
     Told = Callable[[int, str], object]
     """Told how many waves are done, and what runs next."""
 
 LOOK_S = 30.0
 _SHOWN = 8
-_NOT_FOUND = frozenset({404, 405, 501})
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -133,21 +129,28 @@ class Bench:
 
 
 async def look(target: Target) -> Target:
-    """Ask the server once, before hundreds of calls fail one by one.
+    """Ask the server about itself, and one short question, before hundreds of calls fail one by one.
 
     Returns:
-        The target; an empty model is replaced by the first that the server lists.
+        The target with a model (the first that the server lists, where none was named) and with what it takes to ask
+        a vLLM server as one.
 
     Raises:
         ConfigError: it does not know the model.
         LLMMWError: it is not there, or refuses.
     """
-    endpoint = HTTPEndpoint(target.base_url, target.api_key)
+    await client_of(target).aclose()  # its options are checked before anybody is asked
+    endpoint = VLLMEndpoint(target.base_url, target.api_key, load_interval=None)
     async with Client(endpoint, stack=Stack()) as client:
         try:
             async with asyncio.timeout(LOOK_S):
-                known = await _models(client, endpoint.request("GET", "/models"))
+                about = await endpoint.discover()
+                known = [model.id for model in about.models]
+                if about.version is not None:
+                    target = msgspec.structs.replace(target, vllm=True, base_url=endpoint.name)
                 if not target.model and not known:
+                    listing = Call("models", "", {}, native=endpoint.request("GET", "/models"), direct=True)
+                    answer_of(await client.engine.call(listing))  # it refuses, perhaps
                     raise ConfigError(f"model: {target.base_url} lists none; name one")
                 if target.model and known and target.model not in known:
                     shown = ", ".join(known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
@@ -157,18 +160,3 @@ async def look(target: Target) -> Target:
         except TimeoutError:
             raise UpstreamTimeout(f"{target.base_url} did not answer a first call within {LOOK_S:g} s") from None
     return target
-
-
-async def _models(client: Client, request: HTTPRequest) -> Sequence[str]:
-    """What the server lists; nothing where it has no list."""
-    reply = await client.engine.call(Call("models", "", {}, native=request, direct=True))
-    if reply.status in _NOT_FOUND:
-        return ()
-    if not reply.ok:
-        raise error_of(reply)
-    try:
-        answer = decode_json(reply.data or b"")
-    except (ValueError, RecursionError):
-        return ()
-    names = [mapping(one).get("id") for one in items(mapping(answer).get("data"))]
-    return [name for name in names if isinstance(name, str)]

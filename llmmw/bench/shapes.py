@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from llmmw.call import Outcome
+    from llmmw.edges.client import Client
+    from llmmw.endpoints.openai import HTTPEndpoint
 
     Ask = Callable[[str, int], Awaitable[int]]
     """Prompt and max_tokens to completion tokens."""
@@ -36,10 +38,12 @@ class Target(msgspec.Struct, frozen=True):
     model: str
     api_key: str | None = None
     max_tokens: int = 64
-    timeout_s: float = 300.0
+    timeout_s: float = 120.0
     """For each call."""
-    concurrency: int | str = 64
-    """Of llmmw's limiter."""
+    concurrency: int | str | None = None
+    """Of llmmw's limiter; None: what is recommended for the server."""
+    vllm: bool = False
+    """Whether llmmw asks it as a vLLM server."""
 
     def __repr__(self) -> str:
         return f"Target({self.base_url!r}, {self.model!r})"
@@ -213,16 +217,31 @@ async def _sdk(target: Target) -> AsyncGenerator[AskAll]:
 # ── llmmw ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def recommended(target: Target) -> Stack:
-    """The stack of llmmw's shapes; there is no cache, for every prompt is new."""
-    return Stack.recommended(concurrency=target.concurrency, timeout=target.timeout_s)
+def client_of(target: Target, endpoint: HTTPEndpoint | None = None) -> Client:
+    """A client of llmmw with the stack that is recommended; there is no cache, for every prompt is new.
+
+    Args:
+        target: as always.
+        endpoint: in place of the target's server.
+
+    Raises:
+        ConfigError: `concurrency` cannot work.
+    """
+    from llmmw.edges.client import Client  # noqa: PLC0415 — keeps `--help` quick
+    from llmmw.endpoints.openai import HTTPEndpoint  # noqa: PLC0415 — likewise
+    from llmmw.endpoints.vllm import VLLMEndpoint  # noqa: PLC0415 — likewise
+
+    if endpoint is None:
+        endpoint = (VLLMEndpoint if target.vllm else HTTPEndpoint)(target.base_url, target.api_key)
+    options: dict[str, Any] = {"timeout": target.timeout_s, **getattr(endpoint, "recommended", {})}
+    if target.concurrency is not None:
+        options["concurrency"] = target.concurrency
+    return Client(endpoint, model=target.model or None, stack=Stack.recommended(**options))
 
 
 @asynccontextmanager
 async def _client(target: Target) -> AsyncGenerator[AskAll]:
-    from llmmw.edges.client import Client  # noqa: PLC0415 — keeps `--help` quick
-
-    async with Client(target.base_url, target.api_key, model=target.model, stack=recommended(target)) as client:
+    async with client_of(target) as client:
 
         async def ask(prompt: str, max_tokens: int) -> int:
             return (await client.chat(_message(prompt), max_tokens=max_tokens, temperature=0)).usage.output_tokens
@@ -232,18 +251,21 @@ async def _client(target: Target) -> AsyncGenerator[AskAll]:
 
 @asynccontextmanager
 async def _generate_batch(target: Target) -> AsyncGenerator[AskAll]:
-    from llmmw.edges.client import Client  # noqa: PLC0415 — as above
+    async with client_of(target) as client:
+        yield batches(client)
 
-    async with Client(target.base_url, target.api_key, model=target.model, stack=recommended(target)) as client:
 
-        async def ask_all(prompts: Sequence[str], max_tokens: int, tally: Tally) -> None:
-            conversations = [_message(prompt) for prompt in prompts]
-            outcomes = await client.generate_batch(
-                messages=conversations, max_tokens=max_tokens, temperature=0, on_progress=progress_into(tally)
-            )
-            judge(outcomes, tally)
+def batches(client: Client) -> AskAll:
+    """All prompts as one `generate_batch` of chats."""
 
-        yield ask_all
+    async def ask_all(prompts: Sequence[str], max_tokens: int, tally: Tally) -> None:
+        conversations = [_message(prompt) for prompt in prompts]
+        outcomes = await client.generate_batch(
+            messages=conversations, max_tokens=max_tokens, temperature=0, on_progress=progress_into(tally)
+        )
+        judge(outcomes, tally)
+
+    return ask_all
 
 
 def progress_into(tally: Tally) -> Callable[[int, int], None]:

@@ -99,8 +99,10 @@ def build_app() -> Any:
         n: Annotated[str, typer.Option("--n", help="Numbers of calls, separated by commas.")] = "1,4,16,64",
         repeats: Annotated[int, typer.Option(min=1, help="Waves of each kind.")] = 3,
         max_tokens: Annotated[int, typer.Option(min=1, help="Bound on each answer.")] = 64,
-        concurrency: Annotated[str, typer.Option(help='Of llmmw: calls in flight, or "floor-start-ceiling".')] = "64",
-        timeout: Annotated[float, typer.Option(min=1, help="Seconds for each call.")] = 300,
+        concurrency: Annotated[
+            str | None, typer.Option(help='Of llmmw, as "64" or "floor-start-ceiling"; none: as recommended.')
+        ] = None,
+        timeout: Annotated[float, typer.Option(min=1, help="Seconds for each call.")] = 120,
         json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
         chart: Annotated[Path | None, typer.Option(help="Write a chart here (png, svg, pdf).")] = None,
         label: Annotated[str, typer.Option(help="Title of the table and the chart.")] = "",
@@ -112,7 +114,8 @@ def build_app() -> Any:
         from llmmw.bench.shapes import Target  # noqa: PLC0415 — likewise
         from llmmw.cli.bench import key_from, numbers_of, run_bench, shapes_of  # noqa: PLC0415 — likewise
 
-        target = Target(base_url, model, key_from(api_key_env), max_tokens, timeout, limit_of(concurrency))
+        limit = None if concurrency is None else limit_of(concurrency)
+        target = Target(base_url, model, key_from(api_key_env), max_tokens, timeout, limit)
         plan = Plan(shapes_of(shapes), numbers_of(n), repeats, cold=cold)
         kept = run_bench(target, plan, json=json, chart=chart, label=label)
         raise typer.Exit(1 if check and not kept else 0)

@@ -17,7 +17,7 @@ from llmmw import __version__
 from llmmw.bench import report
 from llmmw.bench.figures import claims
 from llmmw.bench.run import Bench, look
-from llmmw.bench.shapes import SHAPES, recommended
+from llmmw.bench.shapes import SHAPES
 from llmmw.demo.report import drawing, write_json
 from llmmw.demo.run import progress_bars
 from llmmw.demo.worlds import EMBEDDED_MODEL
@@ -96,7 +96,6 @@ def run_bench(
         Whether the promises hold, as far as they were measured.
     """
     console = Console()
-    recommended(target)  # its options are checked before anybody is asked
     if chart is not None:
         drawing("")  # says what is missing before minutes are spent
     with asked(target) as there:
@@ -150,6 +149,7 @@ def _about(bench: Bench) -> dict[str, Any]:
         "server": target.base_url,
         "model": target.model,
         "max_tokens": target.max_tokens,
+        "vllm": target.vllm,
         "concurrency": target.concurrency,
         "repeats": plan.repeats,
         "cold": plan.cold,

@@ -12,9 +12,10 @@ import pytest
 from llmmw import ConfigError, LLMMWError
 from llmmw.bench import run as run_module
 from llmmw.bench.run import Bench, Plan, look
-from llmmw.bench.shapes import SHAPES, Shape, Tally, Target
+from llmmw.bench.shapes import SHAPES, Shape, Tally, Target, client_of
+from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.errors import MissingExtra, StatusError, UpstreamTimeout
-from llmmw.testing.rawserver import RawServer, answer_bytes, say
+from llmmw.testing.rawserver import RawServer, answer_bytes
 from llmmw.testing.server import FaultRule, Match, ServerConfig, running_server
 
 
@@ -158,18 +159,30 @@ async def test_an_unknown_model_is_told_with_those_that_are_there():
         assert "/v1/chat/completions" not in server.core.report(0)["by_route"]
 
 
-@pytest.mark.parametrize(
-    ("status", "body"), [(404, b"{}"), (200, b"no json"), (200, b'{"data": {"id": 1}}'), (200, b'{"data": [{}, 3]}')]
-)
-async def test_a_server_without_a_list_of_models_is_asked_for_the_one_that_is_named(status, body):
-    answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
-    script = [answer_bytes(status, body), answer_bytes(200, json.dumps(answer).encode()), answer_bytes(status, body)]
-    async with RawServer(*map(say, script)) as server:
-        target = Target(server.origin + "/v1", "m")
-        assert (await look(target)).model == "m"
+CHAT = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
+
+
+@pytest.mark.parametrize("listed", [b"no json", b'{"data": {"id": 1}}', b'{"data": [{}, 3]}'])
+async def test_a_server_without_a_list_of_models_is_asked_for_the_one_that_is_named(listed):
+    async def answer(request, writer):
+        bodies = {"/v1/models": listed, "/v1/chat/completions": json.dumps(CHAT).encode()}
+        found = bodies.get(request.target)
+        writer.write(answer_bytes(200 if found else 404, found or b'{"detail": "Not Found"}'))
+
+    async with RawServer(answer) as server:
+        found = await look(Target(server.origin + "/v1", "m"))
+        assert (found.model, found.vllm) == ("m", False)
         with pytest.raises(ConfigError, match="lists none; name one"):
             await look(Target(server.origin + "/v1", ""))
-    assert [request.target for request in server.requests] == ["/v1/models", "/v1/chat/completions", "/v1/models"]
+    assert [request.target for request in server.requests].count("/v1/chat/completions") == 1
+
+
+async def test_a_vllm_server_is_asked_as_one_wherever_its_api_begins():
+    async with running_server() as server:
+        found = await look(Target(server.url, ""))
+    assert (found.vllm, found.base_url, found.model) == (True, server.url + "/v1", "llmmw-embedded")
+    assert isinstance(client_of(found).endpoint, VLLMEndpoint)
+    assert not isinstance(client_of(Target(server.base_url, "m")).endpoint, VLLMEndpoint)
 
 
 async def test_a_refused_credential_is_the_servers_own_words():
