@@ -65,6 +65,8 @@ class Call(msgspec.Struct, frozen=True, weakref=True):
     """Set by the router: this endpoint was well last and no other is, so an open circuit there is probed at a pace."""
     place: Place | None = None
     """Set by `generate_batch`: this call is one of a party, whose others may travel with it."""
+    width: int = 1
+    """How many callers' calls this one carries; they take as many of the slots for calls under way."""
     direct: bool = False
     """Straight to the engine's endpoint, past every layer: for what is no completion (files, model lists, audio)."""
 

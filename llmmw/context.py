@@ -156,11 +156,15 @@ class Party:
     """Calls that are made together, as by `generate_batch`: who gathers them sees whether more are on their way.
 
     On its way is a call that has joined and was not settled. Lives on the home loop.
+
+    Args:
+        size: how many there will be in all, where that is known.
     """
 
-    __slots__ = ("_watchers", "coming", "is_whole")
+    __slots__ = ("_watchers", "coming", "is_whole", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
         self.coming = 0
         self.is_whole = False
         """Nobody joins any more."""
@@ -194,10 +198,12 @@ class Party:
 class Place:
     """A call's place in its party."""
 
-    __slots__ = ("_party",)
+    __slots__ = ("_party", "among")
 
     def __init__(self, party: Party) -> None:
         self._party: Party | None = party
+        self.among = party.size
+        """How many are in the party, where that is known."""
 
     def settle(self) -> Party | None:
         """The call was gathered, waits for somebody else or has ended: nobody need wait for it.

@@ -173,7 +173,7 @@ def _nobodys(calls: Sequence[Call], urgency: Urgency) -> Call:
     waits = [call.rate_wait_s for call in calls]
     patience = None if None in waits else max(wait for wait in waits if wait is not None)
     return first.within(agent=None, sample=None, tags=(), priority=urgency.priority, deadline=urgency.deadline).replace(
-        urgency=urgency, key=b"", fill=None, place=None, rate_wait_s=patience
+        urgency=urgency, key=b"", fill=None, place=None, width=len(calls), rate_wait_s=patience
     )
 
 

@@ -71,14 +71,21 @@ class GroupSize:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._singles = 0
-        self.now = limit
+        self._now = limit
+        self.cap = limit
+        """What else bounds it at the moment."""
+
+    @property
+    def now(self) -> int:
+        """The largest group."""
+        return min(self._now, self.cap)
 
     def refused(self, size: int) -> None:
         """A group of that size was more than the server takes: half of it may do.
 
         Of several that were refused at one time none halves what another has halved already.
         """
-        self.now = max(1, min(self.now, size // 2))
+        self._now = max(1, min(self._now, size // 2))
         self._singles = 0
 
     def accepted(self, size: int) -> None:
@@ -86,10 +93,10 @@ class GroupSize:
 
         After single calls that is tried less often: where the server takes no two, each try costs two refusals.
         """
-        if self.now < self._limit:
+        if self._now < self._limit:
             self._singles += size == 1
             if size > 1 or self._singles >= _SINGLES:
-                self.now += 1
+                self._now += 1
                 self._singles = 0
 
 

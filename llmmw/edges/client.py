@@ -44,7 +44,8 @@ class ClientBase(AtWork):
             headers, pool and allow_hosts itself. A list of such is a list of replicas (`Replica(url, weight=2)` where
             they are not worth the same): see `Balancer`.
         api_key: sent as a bearer token; None sends no credential.
-        stack: the layers; `Stack.recommended()` by default (no cache: caching is your choice).
+        stack: the layers; `Stack.recommended()` by default (no cache: caching is your choice), with what the endpoint
+            recommends.
         model: used where a call names none.
         headers: sent with every request.
         tenant: whose answers may be shared; by default everybody's with the same credential.
@@ -78,10 +79,10 @@ class ClientBase(AtWork):
         for option, value in (("model", model), ("tenant", tenant), ("name", name)):
             if value is not None:
                 text(option, value)
-        self.stack = Stack.recommended() if stack is None else stack
         at = partial(endpoint_at, api_key=api_key, headers=headers, allow_hosts=allow_hosts, pool=pool)
         self.replicas = found = replicas_of(base_url, at, alias=name or "")
         self.endpoint = found.members[0]
+        self.stack = Stack.recommended(**getattr(self.endpoint, "recommended", {})) if stack is None else stack
         self.engine: Engine = self.stack.bind(found, env=env)
         self.requests = RequestBuilder(
             target=found.name, asker=found.asker, stack=self.stack, model=model, tenant=tenant
@@ -259,7 +260,7 @@ class Client(ClientBase):
         if offline is None:
             if isinstance(items, Sequence):
                 await build_all(items, build, keep=False)
-            party = self.engine.party()
+            party = self.engine.party(len(items) if isinstance(items, Sequence) else None)
             if party is None:
                 return await outcomes_of(items, lambda item: self._outcome(build(item)), on_progress)
             return await outcomes_of(items, lambda item: self._outcome_in(party, build(item)), on_progress, party.close)

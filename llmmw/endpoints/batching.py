@@ -32,7 +32,7 @@ async def generate_batch(endpoint: BatchEndpoint, calls: Sequence[Call], env: En
     """
     from llmmw.layers.batch import PartyBatcher  # noqa: PLC0415 — layers load when they are first needed
 
-    party = Party()
+    party = Party(len(calls))
     batcher = PartyBatcher().bind(endpoint, env.endowed(lambda: endpoint.capabilities))
 
     def ask(call: Call) -> Awaitable[Outcome]:

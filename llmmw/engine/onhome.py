@@ -34,10 +34,10 @@ class OnHome(AtWork):
 
         return work() if self._home.loop is None or self._home.is_here() else self._home.run_sync(there)
 
-    def party(self) -> Party | None:
+    def party(self, size: int | None = None) -> Party | None:
         """For calls made together on the home loop; None elsewhere: calls that are bridged one by one do not meet."""
         with contextlib.suppress(Closed):
-            return Party() if self._home.adopt() else None
+            return Party(size) if self._home.adopt() else None
         return None
 
     def tick(self) -> None:

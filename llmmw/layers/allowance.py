@@ -136,10 +136,13 @@ class Allowance:
         """When the next unit of the request rate will be there."""
         return now if self.units is None else self.units.predict(1, now)
 
-    def grant(self, amounts: tuple[int, ...], now: float) -> Permit:
-        """Take everything but the unit, which has been taken."""
-        permit = Permit(amounts, now, self._epoch)
-        self.in_use += 1
+    def grant(self, amounts: tuple[int, ...], now: float, width: int = 1) -> Permit:
+        """Take everything but the unit, which has been taken.
+
+        Whoever needs several slots goes when one is free, and others wait until they are no more than there may be.
+        """
+        permit = Permit(amounts, now, self._epoch, width)
+        self.in_use += width
         if self.requests is not None:
             permit.request = self.requests.spend(1, now)
         if amounts:
@@ -239,7 +242,7 @@ class Allowance:
 
     def _release(self, permit: Permit) -> None:
         if permit.epoch == self._epoch:
-            self.in_use -= 1
+            self.in_use -= permit.width
         permit.epoch = -1
 
     # -- changing -----------------------------------------------------------------------------------------------

@@ -118,6 +118,10 @@ class Bound:
     paces: ClassVar[bool] = False
     """True for a layer that holds calls back until the endpoint's rate limit lets them through."""
 
+    def most_at_once(self, call: Call) -> int | None:
+        """How many calls like this one may be under way inside; None: any number."""
+        return self.inner.most_at_once(call) if isinstance(self.inner, Bound) else None
+
     def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
         """The endpoint was declared dead for calls like this one (same target and model): fail those that wait here.
 

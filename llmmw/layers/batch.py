@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 128
 MIN_SIZE = 32
+_AT_A_TIME = 2
+"""Where more are to be made than may be under way, so many joint requests have room at a time: while the last answers
+of one are waited for, the others keep the server busy. A bound that leaves less than `MIN_SIZE` to each means single
+calls."""
 
 
 @settings
@@ -159,12 +163,21 @@ class BoundBatcher(Bound):
                 raise closed_error()
             group = None if self._draining else grouping(call)
             if group is not None:
+                if self._parties_only:
+                    self._group_size.cap = self._room_for(call)
                 return await self._wait(gathering, call, group)
             if place is not None:
                 place.settle()
             return await self._ask(call)
         finally:
             entrance.leave()
+
+    def _room_for(self, call: Call) -> int:
+        """The largest request that leaves the calls under way within their bound."""
+        most, among = self.most_at_once(call), None if call.place is None else call.place.among
+        if most is None:
+            return MAX_SIZE
+        return max(most if among is not None and among <= most else most // _AT_A_TIME, 1)
 
     async def _ask(self, call: Call) -> Reply:
         return await as_part_of(self, self.inner(call))

@@ -64,7 +64,7 @@ class Gate:
 
     # -- granting -----------------------------------------------------------------------------------------------
 
-    def admit(self, amounts: tuple[int, ...]) -> Permit | None:
+    def admit(self, amounts: tuple[int, ...], width: int = 1) -> Permit | None:
         """A permit if one is free and nobody waits; costs no task and no future."""
         if self.queue:
             return None
@@ -76,7 +76,7 @@ class Gate:
             or not allowance.take_unit()
         ):
             return None
-        return allowance.grant(amounts, now)
+        return allowance.grant(amounts, now, width)
 
     def share(self, options: SharedCounter, store: CounterStore, bucket: bytes) -> None:
         """From now on take what is granted from a counter shared with other processes."""
@@ -161,7 +161,7 @@ class Gate:
                 self._nobody_before(allowance.unit_at(now), now)
                 return
             self.queue.take(chosen)
-            chosen.item.future.set_result(allowance.grant(chosen.item.amounts, now))
+            chosen.item.future.set_result(allowance.grant(chosen.item.amounts, now, chosen.item.call.width))
             if chosen.item.call.deadline is not None:
                 self._due.discard()
 

@@ -37,7 +37,8 @@ class RateLimiter(Positioned):
         rpm: requests per `window` (a minute unless changed). None: the rate is learnt from refusals.
         tpm: tokens per window, prompt and output together.
         concurrency: calls under way at once: a number, or text "floor-start-ceiling" such as "4-20-80". A call that
-            makes calls of its own (a wrapped function that asks itself) lends them its place meanwhile.
+            makes calls of its own (a wrapped function that asks itself) lends them its place meanwhile. A joint request
+            takes a place for each of its calls; it goes when one is free.
         window: seconds (or "1s", "10s") that rpm and tpm refer to.
         input_tpm, output_tpm: tokens per window where the provider counts them apart.
         burst: calls that may leave at once after idle time; default rpm // 12, within [1, 50].

@@ -77,7 +77,7 @@ class BoundLimiter(Bound):
             gate.allowance.lent.add(around)
             around.at_end(partial(gate.allowance.lent.discard, around))
         amounts, choices = self._needs(gate, call) if gate.allowance.tokens else ((), 1)
-        permit = gate.admit(amounts) or await self._wait(gate, call, amounts)
+        permit = gate.admit(amounts, call.width) or await self._wait(gate, call, amounts)
         permit.choices = choices
         try:
             reply = await self.inner(call)
@@ -113,6 +113,11 @@ class BoundLimiter(Bound):
         self._layer, self._limits = layer, limits
         for gate in self._gates.values():
             gate.resize(limits)
+
+    def most_at_once(self, call: Call) -> int | None:
+        """The slots there are now for calls like this one."""
+        aimd = self._gate(call).allowance.aimd
+        return super().most_at_once(call) if aimd is None else aimd.limit
 
     def shed(self, call: Call, make_error: Callable[[], Exception]) -> int:
         """Fail the waiters for this call's target and model."""

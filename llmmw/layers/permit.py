@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 class Permit:
     """The right to make one call; given back exactly once."""
 
-    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "sampled", "started")
+    __slots__ = ("amounts", "cells", "choices", "epoch", "lease", "request", "sampled", "started", "width")
 
-    def __init__(self, amounts: tuple[int, ...], started: float, epoch: int) -> None:
+    def __init__(self, amounts: tuple[int, ...], started: float, epoch: int, width: int = 1) -> None:
         self.amounts = amounts
         """Tokens reserved, one figure per token limit."""
         self.started = started
         self.epoch = epoch
         """The home loop under which it was granted; -1 once it was given back."""
+        self.width = width
+        """Slots that it takes."""
         self.request: Cell | None = None
         self.cells: list[Cell] | tuple[()] = ()
         self.choices = 1
