@@ -204,7 +204,7 @@ class VLLMEndpoint(HTTPEndpoint):
         """
         if self._env.clock.monotonic() >= self._inquiry.due_at:
             self._inquiry.begin()
-        call = self._dressed(call)
+        call = dressed(call, self._salts, by_priority=self._takes_priority)
         try:
             reply = await super().__call__(call)
         except ConnectionFailed:
@@ -216,21 +216,6 @@ class VLLMEndpoint(HTTPEndpoint):
         if again.ok:
             self._takes_priority = False
         return again
-
-    def _dressed(self, call: Call) -> Call:
-        """The call with what the endpoint adds; the caller's own fields stay."""
-        op, payload = call.op, call.payload
-        if op not in _SALTED or isinstance(call.native, HTTPRequest):
-            return call
-        added: dict[str, Any] = {}
-        if not self._takes_priority:
-            call = _without(call, "priority")
-        elif call.priority and op in _PRIORITY and "priority" not in payload:
-            added["priority"] = max(_LOWEST, min(call.priority, _HIGHEST))
-        salt = self._salts.of(call.namespace)
-        if salt is not None and "cache_salt" not in payload:
-            added["cache_salt"] = salt
-        return call.replace(payload={**call.payload, **added}) if added else call
 
     async def _attempt(self, call: Call) -> Reply:
         request = self._request_for(call)
@@ -278,6 +263,28 @@ class VLLMEndpoint(HTTPEndpoint):
         """Wait for calls in flight (at most the pool's `drain_timeout`) and close the connections. Idempotent."""
         await self._inquiry.aclose()
         await super().aclose()
+
+
+def dressed(call: Call, salts: Salts, *, by_priority: bool) -> Call:
+    """The call with what vLLM is told about it, its priority and its salt; the caller's own fields stay.
+
+    Args:
+        call: as it came.
+        salts: of the endpoint.
+        by_priority: whether priorities are taken; else it goes without, even where the caller gave one.
+    """
+    op, payload = call.op, call.payload
+    if op not in _SALTED or isinstance(call.native, HTTPRequest):
+        return call
+    added: dict[str, Any] = {}
+    if not by_priority:
+        call = _without(call, "priority")
+    elif call.priority and op in _PRIORITY and "priority" not in payload:
+        added["priority"] = max(_LOWEST, min(call.priority, _HIGHEST))
+    salt = salts.of(call.namespace)
+    if salt is not None and "cache_salt" not in payload:
+        added["cache_salt"] = salt
+    return call.replace(payload={**call.payload, **added}) if added else call
 
 
 def _refuses_priority(call: Call, reply: Reply) -> bool:

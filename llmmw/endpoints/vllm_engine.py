@@ -6,10 +6,12 @@ import asyncio
 import os
 import warnings
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from llmmw.endpoints.hosting import Hosting
 from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.endpoints.salts import Salts
+from llmmw.endpoints.vllm import dressed
 from llmmw.errors import ConfigError, MissingExtra
 from llmmw.pool import BoundPool, ConnectionPool
 from llmmw.pool.engines.asgi import AppEngine
@@ -17,16 +19,14 @@ from llmmw.pool.guard import Guard
 from llmmw.settings import text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from llmmw.call import Call, Reply
     from llmmw.endpoints.hosting import Hosted
-    from llmmw.wire import HTTPRequest
 
 _BASE = "http://vllm.invalid/v1"
 """Where the application's paths begin. The name is never resolved (RFC 6761)."""
-_WITH_PRIORITY = frozenset({"chat", "complete", "chat_batch", "responses"})
 _OF_AN_ENGINE = ("generate", "abort", "errored", "vllm_config")
 
 
@@ -40,12 +40,14 @@ class VLLMEngine(HTTPEndpoint):
     Requests, answers, streams and refusals are those of vLLM's server, because its own application makes them. The
     engine starts with the first call (20 s and more; `ready` waits for it), on a thread and an event loop of its own,
     so it outlives the caller's loop. Whoever closes the client or stack closes it; a script that starts one needs
-    `if __name__ == "__main__":`. A dead engine stays dead: make a new one.
+    `if __name__ == "__main__":`. A dead engine stays dead: make a new one. The call's priority counts where
+    scheduling_policy is "priority".
 
     Args:
         model: name or directory of a model; or an `AsyncLLM` that is already made, which stays on the event loop on
             which it was made and is closed by who made it.
         name: what it is called in statistics, in routers and in the keys of a cache; by default after the model.
+        cache_salt: keeps tenants apart in vLLM's prefix cache, as for VLLMEndpoint.
         drain_timeout: seconds that closing waits for calls in flight.
         options: what `vllm serve` takes, with underscores, such as max_model_len=, gpu_memory_utilization=,
             served_model_name=, chat_template=, enable_auto_tool_choice=, tool_call_parser=. Whether vLLM knows them is
@@ -56,9 +58,19 @@ class VLLMEngine(HTTPEndpoint):
         ConfigError: `model` is neither.
     """
 
+    recommended: ClassVar[Mapping[str, Any]] = {"concurrency": 256}
+    """Options of `Stack.recommended` for a client that is given no stack: what vLLM runs at once by default."""
+
     def __init__(
-        self, model: object, *, name: str | None = None, drain_timeout: float | str = 10.0, **options: Any
+        self,
+        model: object,
+        *,
+        name: str | None = None,
+        cache_salt: str | bool | None = None,
+        drain_timeout: float | str = 10.0,
+        **options: Any,
     ) -> None:
+        self._salts = Salts(cache_salt)
         label, opening, loop = _given(model, options)
         self._hosting = Hosting(opening, loop=loop, label="vLLM engine")
         # Who waits is vLLM's to say, by its priorities; in the pool they would wait in order of arrival.
@@ -84,18 +96,12 @@ class VLLMEngine(HTTPEndpoint):
 
     async def _attempt(self, call: Call) -> Reply:
         await self._hosting.ready()
-        return await super()._attempt(call)
+        return await super()._attempt(dressed(call, self._salts, by_priority=self._hosting.hosted.by_priority))
 
     def _open(self) -> BoundPool:
         if self._pool is None:
             self._pool = BoundPool(self._settings, self._env, Guard(), lambda _: AppEngine(self._hosting))
         return self._pool
-
-    def _request_for(self, call: Call) -> HTTPRequest:
-        # vLLM refuses a priority other than 0 where it does not schedule by priority.
-        if call.priority and call.op in _WITH_PRIORITY and self._hosting.hosted.by_priority:
-            call = call.replace(payload={"priority": call.priority, **call.payload})
-        return super()._request_for(call)
 
     async def aclose(self) -> None:
         """Wait for calls in flight (at most `drain_timeout`), then end the engine, its processes and thread."""

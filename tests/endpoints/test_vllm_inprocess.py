@@ -277,7 +277,7 @@ async def test_a_cancelled_call_is_aborted(vllm):
         assert await asyncio.to_thread(vllm.apps[0].left.wait, PATIENCE_S)
 
 
-@pytest.mark.parametrize(("policy", "sent"), [("priority", [-3, None, 5]), ("fcfs", [None, None, 5])])
+@pytest.mark.parametrize(("policy", "sent"), [("priority", [-3, None, 5]), ("fcfs", [None, None, None])])
 async def test_the_priority_goes_along_where_the_engine_schedules_by_it(vllm, policy, sent):
     async with client(VLLMEngine("m", scheduling_policy=policy)) as asked:
         with using(priority=-3):
@@ -286,6 +286,16 @@ async def test_the_priority_goes_along_where_the_engine_schedules_by_it(vllm, po
         with using(priority=-3):
             await asked.complete("says so itself", priority=5)
     assert [payload.get("priority") for _, payload in vllm.apps[0].asked] == sent
+
+
+async def test_tenants_are_kept_apart_in_the_prefix_cache_where_that_is_wanted(vllm):
+    engine = VLLMEngine("m", cache_salt="a secret that nobody can guess")
+    async with client(engine) as asked:
+        for tenant in ("alice", "bob"):
+            with using(tenant=tenant):
+                await asked.complete("hello")
+    salts = [payload["cache_salt"] for _, payload in vllm.apps[0].asked]
+    assert len(set(salts)) == 2
 
 
 # ── how it starts and ends ──────────────────────────────────────────────────────────────────────────────────────────
