@@ -29,6 +29,7 @@ _HOMES = {
     "llmmw.edges.sdk": ("unwrap_client", "wrap_client"),
     "llmmw.edges.sync": ("SyncClient",),
     "llmmw.endpoints.replicas": ("Replica",),
+    "llmmw.endpoints.vllm": ("VLLMEndpoint",),
     "llmmw.endpoints.vllm_engine": ("VLLMEngine",),
     "llmmw.engine": ("Engine",),
     "llmmw.env": ("Env",),
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from llmmw.edges.sdk import wrap_client as wrap_client
     from llmmw.edges.sync import SyncClient as SyncClient
     from llmmw.endpoints.replicas import Replica as Replica
+    from llmmw.endpoints.vllm import VLLMEndpoint as VLLMEndpoint
     from llmmw.endpoints.vllm_engine import VLLMEngine as VLLMEngine
     from llmmw.engine import Engine as Engine
     from llmmw.env import Env as Env

@@ -12,7 +12,7 @@ NAMES = [
     "Stack", "TTLCache", "Coalescer", "ErrorRouter", "Retry", "CircuitBreaker", "Batcher", "RateLimiter", "Timeout",
     "Deadline", "ConnectionPool", "Client", "SyncClient", "middleware", "httpx_client", "httpx2_client",
     "httpx_sync_client", "httpx2_sync_client", "wrap_client", "using", "Call", "Reply", "Usage", "Context", "Outcome",
-    "OfflineBatch", "Balancer", "Replica",
+    "OfflineBatch", "Balancer", "Replica", "VLLMEndpoint",
     "Engine", "Env", "Rule", "Layer", "Bound", "Handler", "LLMMWError", "ConfigError", "OrderError", "MissingExtra",
     "Refused", "RateLimited", "CircuitOpen", "QueueFull", "DeadlineExceeded", "Closed", "UpstreamError",
     "StatusError", "UpstreamTimeout", "ConnectionFailed", "StaleConnection", "AmbiguousOutcome", "ProtocolError",

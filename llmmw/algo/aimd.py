@@ -13,8 +13,11 @@ _ROOM = 8
 """An eighth of the limit, at least 2, may wait in the server's queue: enough to fill the places that come free in one
 step of its engine. The limit moves by at most as much at a time, so no step leads past the band between an empty queue
 and a full one, and the limit comes to rest there."""
-_GAP_S = 0.1
+_GAP_S = 0.05
 """Calls that end in one step of the engine all tell of the same queue: it moves the limit once."""
+_HOLD = 64
+"""Windows of calls for which a queue keeps successes from growing the limit: not each answer tells of it, and a server
+may cease to."""
 _LEAST_SHARE = 8
 """A queue takes no more than seven eighths of the start: what waits may be the calls of somebody who never yields."""
 
@@ -22,14 +25,14 @@ _LEAST_SHARE = 8
 class Aimd:
     """A concurrency limit between `floor` and `ceiling`."""
 
-    __slots__ = ("_clean", "_cut_at", "_least", "_limit", "_moved_at", "_ramping", "ceiling", "floor")
+    __slots__ = ("_clean", "_cut_at", "_hold", "_least", "_limit", "_moved_at", "_ramping", "ceiling", "floor")
 
     def __init__(self, floor: int, start: int, ceiling: int) -> None:
         self.floor = floor
         self.ceiling = ceiling
         self._least = max(floor, start // _LEAST_SHARE)
         self._limit = float(start)
-        self._clean = 0
+        self._clean = self._hold = 0
         self._cut_at = self._moved_at = float("-inf")
         self._ramping = start < ceiling
 
@@ -43,6 +46,9 @@ class Aimd:
 
         Until the first overload each such call adds one (a doubling per round trip), later one full window of them.
         """
+        if self._hold:
+            self._hold -= 1
+            return
         if not saturated or self._limit >= self.ceiling:
             return
         self._clean += 1
@@ -71,6 +77,7 @@ class Aimd:
         """
         limit = self.limit
         room = max(2, limit // _ROOM)
+        self._hold = _HOLD * limit if waiting else 0
         if waiting:
             self._ramping = False
             self._clean = 0

@@ -99,6 +99,8 @@ _LENGTH_WORDS = re.compile(
     r"|`inputs` (?:tokens \+ `max_new_tokens` must be|must have less than)|contextwindowexceedederror"
 )
 _RATE_CODES = frozenset({"rate_limit_exceeded", "rate_limit_error", "resource_exhausted"})
+_FULL_QUEUE = "try again later or on a different instance"
+"""vLLM's refusal of what its queue has no room for, a 503: the server is well, and takes calls again in a moment."""
 _NO_ALLOWANCE = re.compile(r"limit: 0(?![\d.])|(?:requests|tokens|models)[- ]per[- ]day|\((?:rpd|tpd)\)")
 """What no wait of seconds heals: a quota per day (OpenAI, Groq, OpenRouter), and Gemini's 429 for a model that the free
 tier does not have."""
@@ -199,6 +201,7 @@ _RULES: tuple[tuple[FaultKind, Callable[[_Refusal], object]], ...] = (
     # 500: proxies that lose the upstream's status.
     (FaultKind.CONTEXT_LENGTH, lambda r: r.status in {400, 422, 500} and _LENGTH_WORDS.search(r.words)),
     (FaultKind.INVALID, lambda r: r.status in {501, 505}),
+    (FaultKind.RATE, lambda r: r.status == 503 and _FULL_QUEUE in r.words),  # noqa: PLR2004 — HTTP
     (FaultKind.SERVER, lambda r: r.status >= 500 or r.status in _ASKS_AGAIN or "overloaded_error" in r.names),  # noqa: PLR2004 — HTTP
 )
 

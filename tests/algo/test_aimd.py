@@ -92,18 +92,19 @@ def test_it_settles_at_the_servers_places_and_a_small_queue(places, floor, more,
 
 
 def test_a_queue_within_bounds_changes_nothing_but_ends_growth():
-    clock = count(1.0)
     aimd = Aimd(4, 64, 256)
-    aimd.queued(8, in_use=64, now=next(clock))
+    aimd.queued(8, in_use=64, now=1.0)
+    for _ in range(64 * 64):
+        aimd.succeeded(saturated=True)
     assert aimd.limit == 64
-    for _ in range(63):
+    for _ in range(64):
         aimd.succeeded(saturated=True)
-    aimd.queued(1, in_use=64, now=next(clock))
-    aimd.succeeded(saturated=True)
-    assert aimd.limit == 64, "a full window without a queue is needed"
-    for _ in range(63):
+    assert aimd.limit == 65, "the server has ceased to tell"
+    aimd.queued(1, in_use=65, now=2.0)
+    aimd.queued(0, in_use=60, now=3.0)
+    for _ in range(65):
         aimd.succeeded(saturated=True)
-    assert aimd.limit == 65
+    assert aimd.limit == 66, "an empty queue ends it"
 
 
 def test_an_empty_queue_lets_more_through_only_where_every_slot_is_taken():

@@ -381,7 +381,7 @@ async def test_every_refusal_of_a_real_vllm_is_understood(case):
         reply = await endpoint(chat(context=Context(priority=1)))
         fault = classify(reply, wall=0.0)
         name = case["case"]
-        wanted = "server" if name.startswith("overload") else FAULTS.get(name, "invalid")
+        wanted = "rate" if name.startswith("overload") else FAULTS.get(name, "invalid")
         assert (reply.status, fault.kind, fault.retry_after_s) == (case["status"], wanted, None)
         assert fault.message, "in the server's words"
         await endpoint.aclose()

@@ -25,6 +25,7 @@ from llmmw.testing.fake import chat_body, error_reply
 K = FaultKind
 WALL = 1_800_000_000.0
 REQUEST = httpx.Request("POST", "https://api.test/v1/chat/completions")
+ELSEWHERE = "Please try again later or on a different instance."
 VLLM = json.loads((Path(__file__).parent.parent / "data" / "vllm_errors.json").read_text("utf-8"))
 
 
@@ -149,6 +150,8 @@ LENGTH = "This model's maximum context length is 1024 tokens."
         (400, None, K.INVALID),
         (400, b"\xff\xfe", K.INVALID),
         (400, {"error": []}, K.INVALID),
+        (503, {"error": {"message": f"Prefill backlog. {ELSEWHERE}", "type": "Service Unavailable"}}, K.RATE),
+        (500, {"error": {"message": ELSEWHERE, "type": "Service Unavailable"}}, K.SERVER),
     ],
 )  # fmt: skip
 def test_refusal_is_classified_by_status_and_body(status: int, body: object, expected: FaultKind) -> None:
@@ -168,7 +171,7 @@ VLLM_KINDS = {
 
 @pytest.mark.parametrize("recorded", VLLM, ids=lambda entry: entry["case"])
 def test_bodies_of_a_real_vllm_server(recorded: dict) -> None:
-    expected = VLLM_KINDS.get(recorded["case"], K.SERVER if recorded["status"] == 503 else K.INVALID)
+    expected = VLLM_KINDS.get(recorded["case"], K.RATE if recorded["status"] == 503 else K.INVALID)
     fault = classify(refusal(recorded["status"], recorded["body"]), wall=WALL)
     assert fault is not None
     assert fault.kind is expected

@@ -88,7 +88,7 @@ async def test_a_full_queue_refuses_with_503(small):
     refused = [outcome.error for outcome in outcomes if not outcome.ok]
     assert refused
     assert all(isinstance(error, StatusError) for error in refused)
-    assert {(error.status, error.fault) for error in refused} == {(503, "server")}
+    assert {(error.status, error.fault) for error in refused} == {(503, "rate")}
     assert "currently busy" in str(refused[0])
 
 

@@ -93,10 +93,11 @@ def too_long(limit: int, prompt_tokens: int, output_tokens: int) -> ApiError:
     return ApiError(400, message, param="input_tokens", code="context_length_exceeded")
 
 
-def overloaded(waiting: int, cap: int) -> ApiError:
+def overloaded() -> ApiError:
     """A full queue: vLLM's opt-in cap answers 503 without Retry-After."""
-    message = f"The request queue is full: {waiting} waiting, at most {cap} allowed."
-    return ApiError(503, message, kind="Service Unavailable", openai_kind="server_error")
+    message = "The engine is currently busy and cannot accept new requests."
+    elsewhere = "Please try again later or on a different instance."
+    return ApiError(503, f"{message} {elsewhere}", kind="Service Unavailable", openai_kind="server_error")
 
 
 def no_quota() -> ApiError:

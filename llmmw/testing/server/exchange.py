@@ -86,7 +86,7 @@ class Exchange:
         # The cap counts members and is all-or-nothing, as in vLLM.
         cap = config.max_queued if config.latency == "engine" else None
         if cap is not None and engine.waiting + len(planned) > cap:
-            raise overloaded(engine.waiting, cap)
+            raise overloaded()
         record.prompt_tokens = prompt_tokens
         return planned
 
