@@ -175,9 +175,11 @@ class Allowance:
             if well:
                 self.learned.learn(usage.output_tokens // permit.choices)
         if well:
-            self.pace.answered(self.in_use)
-            if self.aimd is not None and not permit.sampled:
-                self.aimd.succeeded(saturated=self.in_use >= self.aimd.limit)
+            saturated = self.aimd is not None and self.in_use >= self.aimd.limit
+            for _ in range(permit.width):
+                self.pace.answered(self.in_use)
+                if self.aimd is not None and not permit.sampled:
+                    self.aimd.succeeded(saturated=saturated)
         self._release(permit)
         return True
 

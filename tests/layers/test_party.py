@@ -327,6 +327,17 @@ async def test_how_many_there_may_be_is_read_as_it_changes(clock: ManualClock) -
 
 
 @manual_time
+async def test_the_bound_grows_with_every_call_that_goes_well(clock: ManualClock) -> None:
+    """As it does with single calls: twice as many a round trip, until something says that it is too much."""
+    server, asked = Server(latency_s=1), prompts(1000)
+    async with client_of(server, clock, RateLimiter(concurrency="8-64-512")) as client:
+        assert texts(await client.generate_batch(messages=asked)) == echoes(asked)
+        assert client.get_performance_stats()["layers"]["limit"]["concurrency"] >= 256
+    assert clock.monotonic() < 1007
+    assert len(server.calls) < 45  # those that were gathered before it grew are small
+
+
+@manual_time
 async def test_a_wide_request_holds_others_back_until_there_is_room(clock: ManualClock) -> None:
     server = Server(latency_s=1)
     stack = (Batcher(min_size=1, max_size=50), RateLimiter(concurrency=10, adaptive=False))
