@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -59,6 +59,9 @@ bench-outage: $(READY)  ## servers that fail: load, success and time to give up,
 
 bench-waiters: $(READY)  ## what a waiter costs the rate limiter among 1,000 and among 100,000 (about 2 min)
 	$(BIN)/python benchmarks/waiters.py --repeats 3
+
+bench-vllm: $(READY)  ## 1 to 256 calls in every shape against a real vLLM on this machine's CPU, plain and emulated GPU (about 15 min)
+	$(BIN)/python benchmarks/vllm/run.py
 
 bench-growth: $(READY)  ## whether a call costs more where there is more: 10^6 entries, 4096 waiters, 64 endpoints, 10^6 calls (about 6 min)
 	$(BIN)/python benchmarks/growth.py

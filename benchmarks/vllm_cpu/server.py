@@ -228,6 +228,20 @@ class Running:
         return found | {"NO_PROXY": exempt, "no_proxy": exempt}
 
 
+def engine_environment() -> dict[str, str]:
+    """What serve.sh sets for the server, for an engine inside a process of one's own."""
+    cache = STATE / "cache"
+    found = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
+    return found | {
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+        "PYTHONPATH": str(HERE),  # for step_pad
+    }
+
+
 def say(text: str) -> None:
     print(f"vllm_cpu: {text}", file=sys.stderr, flush=True)
 
