@@ -2,7 +2,7 @@
 
 Each row is one thing that can become many (cached entries, waiters, agents, endpoints, ...), and the CPU time of one
 call through the layer that holds them, at each size: the least of several interleaved repeats. "growth" is the cost at
-100,000 over that at 1,000 (of endpoints: at 64 over that at 2, for a lone one needs no routing); above the budget the
+100,000 over that at 1,000 (of endpoints: at 64 over that at 2; a lone one is not chosen); above the budget the
 exit status is 1. "in all" is the largest size over the smallest. The collector is off while it is measured: how often
 it runs, and over how much, is the program's.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from measure import Progress, concluded, in_turn
 
 from llmmw import (
+    Balancer,
     Batcher,
     CircuitBreaker,
     Coalescer,
@@ -283,19 +284,36 @@ async def followers(size: int, _: Path) -> AsyncGenerator[Ops]:
         yield (come_and_go(bound, lambda: question(0)),)
 
 
+def endpoint(number: int) -> Any:
+    """One of several that answer at once."""
+
+    async def found(call: Call) -> Reply:
+        return await answer(call)
+
+    found.__qualname__ = f"endpoint_{number}"
+    return found
+
+
 @contextlib.asynccontextmanager
-async def endpoints(size: int, _: Path) -> AsyncGenerator[Ops]:
+async def replicas(size: int, _: Path) -> AsyncGenerator[Ops]:
+    """Like servers of a balancer: for nobody's calls, and for those of agents."""
+    engine = Stack(Balancer(), Retry(), CircuitBreaker()).bind([endpoint(number) for number in range(size)])
+
+    async def op() -> None:
+        await engine.call(question(0))
+
+    async def by_agent() -> None:
+        await engine.call(question(0).within(agent=f"agent {_rng.randrange(100)}"))
+
+    yield (op, by_agent)
+    await engine.aclose()
+
+
+@contextlib.asynccontextmanager
+async def fallbacks(size: int, _: Path) -> AsyncGenerator[Ops]:
     """Endpoints of a router, of which the first answers."""
-
-    def one(number: int) -> Any:
-        async def endpoint(call: Call) -> Reply:
-            return await answer(call)
-
-        endpoint.__name__ = f"endpoint_{number}"
-        return endpoint
-
-    stack = Stack(ErrorRouter(fallbacks=[one(number) for number in range(1, size)]), Retry(), CircuitBreaker())
-    engine = stack.bind(one(0), env=Env(seed=1))
+    others = [endpoint(number) for number in range(1, size)]
+    engine = Stack(ErrorRouter(fallbacks=others), Retry(), CircuitBreaker()).bind(endpoint(0), env=Env(seed=1))
 
     async def op() -> None:
         await engine.call(question(0))
@@ -387,7 +405,8 @@ CASES = (
     waiters("follower", "other followers", followers),
     waiters("batch item", "pending items", pending_items),
     waiters("call", "calls in flight", calls_in_flight),
-    Case(("router",), "endpoints", endpoints, sizes=ENDPOINTS, judged=(2, 64)),
+    Case(("router",), "fallbacks", fallbacks, sizes=ENDPOINTS, judged=(2, 64)),
+    Case(("balancer", "balancer, agents"), "replicas", replicas, sizes=ENDPOINTS, judged=(2, 64)),
 )
 
 
