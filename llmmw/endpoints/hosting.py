@@ -123,6 +123,11 @@ class Hosting:
             return f"the {self._label} {'is closed' if self._opened.done() else 'is being started'}"
         return hosted.broken()
 
+    def unfinished(self) -> int | None:
+        """How many requests it works on, where it is known; from any thread."""
+        hosted = self._hosted
+        return None if hosted is None else hosted.unfinished()
+
     def add(self, task: asyncio.Task[None]) -> None:
         """Keep a task, and cancel it when the application is closed."""
         self._tasks.add(task)

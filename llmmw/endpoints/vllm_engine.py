@@ -19,14 +19,14 @@ from llmmw.pool.guard import Guard
 from llmmw.settings import text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Mapping
 
     from llmmw.call import Call, Reply
-    from llmmw.endpoints.hosting import Hosted
+    from llmmw.env import Env
 
 _BASE = "http://vllm.invalid/v1"
 """Where the application's paths begin. The name is never resolved (RFC 6761)."""
+_WHAT = "vLLM engine"
 _OF_AN_ENGINE = ("generate", "abort", "errored", "vllm_config")
 
 
@@ -45,7 +45,8 @@ class VLLMEngine(HTTPEndpoint):
 
     Args:
         model: name or directory of a model; or an `AsyncLLM` that is already made, which stays on the event loop on
-            which it was made and is closed by who made it.
+            which it was made and is closed by who made it; or another VLLMEngine, whose engine is used (one vLLM for
+            two clients) and which closes it.
         name: what it is called in statistics, in routers and in the keys of a cache; by default after the model.
         cache_salt: keeps tenants apart in vLLM's prefix cache, as for VLLMEndpoint.
         drain_timeout: seconds that closing waits for calls in flight.
@@ -71,17 +72,32 @@ class VLLMEngine(HTTPEndpoint):
         **options: Any,
     ) -> None:
         self._salts = Salts(cache_salt)
-        label, opening, loop = _given(model, options)
-        self._hosting = Hosting(opening, loop=loop, label="vLLM engine")
+        self._other = model if isinstance(model, VLLMEngine) else None
+        if self._other is None:
+            self._label, self._hosting = _given(model, options)
+        elif options:
+            raise ConfigError(f"{', '.join(options)}: belongs to {self._other!r}, whose engine is used")
+        else:
+            self._label, self._hosting = self._other._label, self._other._hosting  # noqa: SLF001 — its own kind
         # Who waits is vLLM's to say, by its priorities; in the pool they would wait in order of arrival.
         pool = ConnectionPool(max_connections=1_000_000, max_connection_age=None, drain_timeout=drain_timeout)
         super().__init__(_BASE, pool=pool, duplicate_ok=True)
-        self._name = f"vllm:{label}" if name is None else text("VLLMEngine(name=)", name)
+        self._name = f"vllm:{self._label}" if name is None else text("VLLMEngine(name=)", name)
 
     @property
     def capabilities(self) -> frozenset[str]:
         """Batches of chats and of prompts too; and a lost call costs nothing but computing time."""
         return super().capabilities | {"batch:chat", "batch:complete"}
+
+    def start(self, env: Env) -> None:
+        """The engine's env.
+
+        Raises:
+            ConfigError: the endpoint already works for another stack.
+        """
+        if self._pool is not None and self._env is not env:
+            raise ConfigError(f"{self!r} already belongs to another stack; VLLMEngine(it) is one more on the same vLLM")
+        super().start(env)
 
     async def ready(self) -> Self:
         """Start the engine, where no call has, and wait until it runs.
@@ -108,37 +124,33 @@ class VLLMEngine(HTTPEndpoint):
         try:
             await super().aclose()
         finally:
-            # However often the caller is cancelled: what is half closed would keep the GPU.
-            await asyncio.shield(self._hosting.aclose())
+            if self._other is None:  # however often the caller is cancelled: what is half closed would keep the GPU
+                await asyncio.shield(self._hosting.aclose())
 
     def gauges(self) -> dict[str, object]:
-        """`state`, and what vLLM works on or keeps waiting (`unfinished`), beside those of the pool."""
-        found: dict[str, object] = {**super().gauges(), "engine": "vllm", "state": self._hosting.state}
-        if found["state"] == "running":
-            found["unfinished"] = self._hosting.hosted.unfinished()
-        return found
+        """`state`, and how many calls vLLM works on or keeps waiting (`unfinished`), beside those of the pool."""
+        readings = {"engine": "vllm", "state": self._hosting.state, "unfinished": self._hosting.unfinished()}
+        return {**super().gauges(), **readings}
 
     def __repr__(self) -> str:
         return f"VLLMEngine({self._name!r})"
 
     def __del__(self) -> None:
         hosting = getattr(self, "_hosting", None)
-        if hosting is not None and hosting.state in {"starting", "running"}:
+        if hosting is not None and self._other is None and hosting.state in {"starting", "running"}:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
             hosting.end()
 
 
-def _given(
-    model: object, options: dict[str, Any]
-) -> tuple[str, Callable[[], AbstractAsyncContextManager[Hosted]], asyncio.AbstractEventLoop | None]:
-    """What an engine is called, how it is opened, and the loop that it has to live on."""
-    from llmmw.endpoints.vllm_app import joined, started  # noqa: PLC0415 — tests put others in their place
+def _given(model: object, options: dict[str, Any]) -> tuple[str, Hosting]:
+    """What an engine is called, and what runs it."""
+    from llmmw.endpoints.vllm_app import joined, started  # noqa: PLC0415 — loads when it is used
 
     if isinstance(model, str | os.PathLike):
         if find_spec("vllm") is None:
             raise MissingExtra("VLLMEngine needs vLLM, which is not installed: pip install 'llmmw[vllm]'")
         path = text("VLLMEngine(model=)", os.fspath(cast("str", model)))
-        return path, lambda: started(path, options), None
+        return path, Hosting(lambda: started(path, options), label=_WHAT)
     engine: Any = model
     if not all(hasattr(engine, name) for name in _OF_AN_ENGINE):
         raise ConfigError(
@@ -146,5 +158,5 @@ def _given(
         )
     # Its task that reads the outputs; where it has none yet, any loop will do.
     reading: asyncio.Task[None] | None = getattr(engine, "output_handler", None)
-    label: str = engine.vllm_config.model_config.model
-    return label, lambda: joined(engine, options), None if reading is None else reading.get_loop()
+    loop = None if reading is None else reading.get_loop()
+    return engine.vllm_config.model_config.model, Hosting(lambda: joined(engine, options), loop=loop, label=_WHAT)

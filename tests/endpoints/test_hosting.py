@@ -54,11 +54,11 @@ async def test_many_callers_open_it_once_on_a_thread_of_its_own():
     host = Hosting(life)
     assert host.state == "new"
     await asyncio.gather(*(host.ready() for _ in range(20)))
-    assert (life.opened, host.state, host.broken()) == (1, "running", None)
+    assert (life.opened, host.state, host.broken(), host.unfinished()) == (1, "running", None, 0)
     assert threading.current_thread() not in life.threads
     await asyncio.gather(*(host.aclose() for _ in range(3)))
     await host.aclose()
-    assert (life.closed, host.state) == (1, "closed")
+    assert (life.closed, host.state, host.unfinished()) == (1, "closed", None)
     assert is_alone()
     with pytest.raises(Closed):
         await host.ready()

@@ -447,6 +447,23 @@ def test_an_engine_whose_loop_has_ended_says_so(vllm):
         asyncio.run(engine.ready())
 
 
+# ── several stacks ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_one_engine_serves_two_clients_and_ends_with_the_first_of_its_endpoints(vllm):
+    engine = VLLMEngine("m")
+    async with client(engine) as first:
+        async with client(VLLMEngine(engine, name="second")) as second:
+            assert (await first.chat("hello")).text == (await second.chat("hello")).text
+            assert (second.endpoint.name, len(vllm.engines), len(vllm.apps)) == ("second", 1, 1)
+        assert (await first.chat("still there?")).text
+        with pytest.raises(ConfigError, match=r"belongs to another stack; VLLMEngine\(it\)"):
+            client(engine)
+    assert len(vllm.engines[0].shutdowns) == 1
+    with pytest.raises(ConfigError, match="max_model_len: belongs to VLLMEngine"):
+        VLLMEngine(engine, max_model_len=3)
+
+
 # ── other releases of vLLM ──────────────────────────────────────────────────────────────────────────────────────────
 
 
