@@ -8,6 +8,7 @@ import msgspec
 
 from llmmw.endpoints.base import BatchEndpoint
 from llmmw.endpoints.replicas import replicas_of
+from llmmw.env import disabled
 from llmmw.errors import ConfigError
 from llmmw.layers.base import Bound, ForkingLayer, GroupingLayer
 from llmmw.order import Role, is_per_endpoint
@@ -111,7 +112,7 @@ def _with_batches(layers: Sequence[Layer]) -> Sequence[Layer]:
     """
     roles = [layer.role for layer in layers]
     at = next((index for index, role in enumerate(roles) if role in {Role.LIMIT, Role.TIMEOUT}), len(layers))
-    if Role.BATCH in roles or Role.CUSTOM in roles[at:]:
+    if Role.BATCH in roles or Role.CUSTOM in roles[at:] or disabled():
         return layers
     from llmmw.layers.batch import PartyBatcher  # noqa: PLC0415 — layers load when they are first needed
 

@@ -92,6 +92,7 @@ class Batcher(Positioned):
         return BoundBatcher(inner, env, self)
 
 
+@settings
 class PartyBatcher(Positioned):
     """What a stack without a Batcher has in its place: it gathers the calls of a `generate_batch`, and no others."""
 

@@ -437,6 +437,24 @@ def test_only_an_endpoint_that_may_take_batches_pays_for_it() -> None:
     assert gathering(FakeUpstream(), ErrorRouter(fallbacks=[Server()]), Timeout(1)) == 2
 
 
+def test_llmmw_disable_leaves_single_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        server = Server()
+        async with client_of(server, clock, *FULL) as client:
+            assert all(outcome.ok for outcome in await client.generate_batch(messages=prompts(40)))
+        assert sizes(server) == [1] * 40
+
+    monkeypatch.setenv("LLMMW_DISABLE", "1")
+    run()
+
+
+def test_it_is_told_where_it_stands() -> None:
+    engine = Stack(Retry(), Timeout(1)).bind(Server())
+    assert [role for role, _ in engine._bounds] == ["retry", "batch", "timeout"]
+    assert repr(PartyBatcher()) == "PartyBatcher()"
+
+
 @manual_time
 async def test_a_fallback_that_takes_batches_gets_them(clock: ManualClock) -> None:
     first, second = FakeUpstream([errors.ConnectionFailed("down")] * 64, name="http://down.test/v1"), Server()
