@@ -19,7 +19,8 @@ _HOLD = 64
 """Windows of calls for which a queue keeps successes from growing the limit: not each answer tells of it, and a server
 may cease to."""
 _LEAST_SHARE = 8
-"""A queue takes no more than seven eighths of the start: what waits may be the calls of somebody who never yields."""
+"""Where no floor is named, a queue takes at most 7/8 of the start: what waits may be the calls of somebody who never
+yields."""
 
 
 class Aimd:
@@ -30,7 +31,7 @@ class Aimd:
     def __init__(self, floor: int, start: int, ceiling: int) -> None:
         self.floor = floor
         self.ceiling = ceiling
-        self._least = max(floor, start // _LEAST_SHARE)
+        self._least = _least(floor, start)
         self._limit = float(start)
         self._clean = self._hold = 0
         self._cut_at = self._moved_at = float("-inf")
@@ -94,5 +95,10 @@ class Aimd:
     def bounds(self, floor: int, start: int, ceiling: int) -> None:
         """New bounds while running; the limit moves only where they force it, or starts again from a new `start`."""
         fresh = (floor, ceiling) != (self.floor, self.ceiling)
-        self.floor, self.ceiling, self._least = floor, ceiling, max(floor, start // _LEAST_SHARE)
+        self.floor, self.ceiling, self._least = floor, ceiling, _least(floor, start)
         self._limit = float(start) if fresh else max(float(floor), min(self._limit, float(ceiling)))
+
+
+def _least(floor: int, start: int) -> int:
+    """How far down a queue may lead."""
+    return floor if floor > 1 else max(1, start // _LEAST_SHARE)

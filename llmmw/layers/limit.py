@@ -49,7 +49,8 @@ class RateLimiter(Positioned):
             ("learned"), or that maximum, as OpenAI and Anthropic count at admission ("max").
         cached_input: whether prompt tokens from the provider's cache count ("charged") or not ("free", Anthropic).
         adaptive: lower the concurrency on 429, 503 and time-outs and raise it again. Where the server tells how long
-            its queue is (VLLMEndpoint asks), keep that short and its places filled, giving up at most 7/8 of the start.
+            its queue is (VLLMEndpoint asks), keep that short and its places filled; of a plain number it takes at most
+            7/8 for that.
             "gradient2" besides follows the time to the first token of streams (never the total latency). Without rpm
             also start gently at a server whose limits are unknown: 8 calls at first, then two more for each good
             answer, and twice as many each 200 ms (50 ms at a local server) where answers take longer. Calls one after

@@ -85,7 +85,7 @@ def test_it_settles_at_the_servers_places_and_a_small_queue(places, floor, more,
     passed = settle(aimd, places)
     at_rest = passed[-50:]
     assert len({*at_rest}) == 1, "it does not swing"
-    least, most = max(floor, start // 8), start + yet_more
+    least, most = floor if floor > 1 else max(1, start // 8), start + yet_more
     wanted = min(max(places, least), most)
     assert wanted <= at_rest[-1] <= max(wanted, min(most, places + max(2, at_rest[-1] // 8)))
     assert all(least <= limit <= most for limit in passed)
@@ -145,9 +145,10 @@ def test_a_queue_of_others_calls_changes_nothing():
     assert aimd.limit == 56
 
 
-def test_whoever_never_yields_takes_no_more_than_seven_eighths():
+def test_whoever_never_yields_leaves_the_floor_or_an_eighth():
     assert settle(Aimd(1, 64, 64), places=8, others=10_000)[-1] == 8
     assert settle(Aimd(20, 64, 64), places=8, others=10_000)[-1] == 20
+    assert settle(Aimd(2, 64, 64), places=8, others=10_000)[-1] == 2, "a floor that is named is meant"
     refused = Aimd(1, 64, 64)
     for now in range(20):
         refused.overloaded(now, now)

@@ -103,16 +103,16 @@ async def test_a_full_queue_is_waited_out_and_opens_no_circuit():
         assert all(reply.ok for reply in replies)
 
 
-async def test_a_client_without_a_stack_starts_at_64_and_follows_the_queue():
+async def test_a_client_without_a_stack_starts_where_vllm_does_and_follows_the_queue():
     async with running_server(engine(max_num_seqs=8)) as server:
         async with Client(VLLMEndpoint(server.url), model=MODEL) as client:
             assert (await client.chat("hello")).text
-            assert limit_of(client) == 64
-            async with Crowd(client, 128) as crowd:
-                await crowd.until(lambda: limit_of(client) < 64)
+            assert limit_of(client) == 256
+            async with Crowd(client, 280) as crowd:
+                await crowd.until(lambda: limit_of(client) < 256)
         with SyncClient(VLLMEndpoint(server.url), model=MODEL) as plain:
             assert await asyncio.to_thread(lambda: plain.chat("hello").text)
-            assert "8-64-256" in repr(plain.stack)
+            assert "8-256-512" in repr(plain.stack)
 
 
 async def test_priorities_decide_in_the_servers_queue():
