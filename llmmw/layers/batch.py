@@ -18,7 +18,7 @@ from llmmw.order import Role
 from llmmw.settings import choice, positive_seconds, settings, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from llmmw.algo.batchmates import Grouping
     from llmmw.call import Call, Handler, Reply
@@ -98,25 +98,20 @@ class PartyBatcher(Positioned):
 
     role: ClassVar[Role] = Role.BATCH
 
-    def bind(self, inner: Handler, env: Env) -> BoundBatcher:
+    def bind(self, inner: Handler, env: Env) -> BoundPartyBatcher:
         """Running state."""
-        return BoundBatcher(inner, env, Batcher(), parties_only=True)
+        return BoundPartyBatcher(inner, env, Batcher())
 
 
 class BoundBatcher(Bound):
-    """The groups of one endpoint.
+    """The groups of one endpoint."""
 
-    Args:
-        inner: the handler below.
-        env: clock, sinks and what the endpoint can do.
-        options: the settings.
-        parties_only: calls that belong to no party pass.
-    """
+    _tells: ClassVar[bool] = True
+    """Whether calls that go one by one count as a group."""
 
-    def __init__(self, inner: Handler, env: Env, options: Batcher, *, parties_only: bool = False) -> None:
+    def __init__(self, inner: Handler, env: Env, options: Batcher) -> None:
         super().__init__(inner, env)
         self._options = options
-        self._parties_only = parties_only
         self._joint_ops = JointOps(options.joint, env)
         self._group_size = GroupSize(options.max_size)
         self._gathering = self._begin()
@@ -136,7 +131,7 @@ class BoundBatcher(Bound):
             joint_ops=self._joint_ops,
             group_size=self._group_size,
             worth=min(options.min_size, options.max_size),
-            tells=not self._parties_only,
+            tells=self._tells,
         )
 
     async def __call__(self, call: Call, /) -> Reply:
@@ -146,12 +141,7 @@ class BoundBatcher(Bound):
             QueueFull: too many unanswered calls, and `when_full="refuse"`.
             Closed: the engine was closed before the call was sent.
         """
-        place = call.place
-        if self._parties_only and (place is None or call.op not in self._joint_ops):
-            if place is not None:
-                place.settle()
-            return await self.inner(call)
-        gathering = self._gathering
+        gathering, place = self._gathering, call.place
         entrance = gathering.entrance
         if entrance.full and self._options.when_full == "refuse":
             self.env.emit(RefusedEarly("batch", "queue full"))
@@ -164,21 +154,12 @@ class BoundBatcher(Bound):
                 raise closed_error()
             group = None if self._draining else grouping(call)
             if group is not None:
-                if self._parties_only:
-                    self._group_size.cap = self._room_for(call)
                 return await self._wait(gathering, call, group)
             if place is not None:
                 place.settle()
             return await self._ask(call)
         finally:
             entrance.leave()
-
-    def _room_for(self, call: Call) -> int:
-        """The largest request that leaves the calls under way within their bound."""
-        most, among = self.most_at_once(call), None if call.place is None else call.place.among
-        if most is None:
-            return MAX_SIZE
-        return max(most if among is not None and among <= most else most // _AT_A_TIME, 1)
 
     async def _ask(self, call: Call) -> Reply:
         return await as_part_of(self, self.inner(call))
@@ -236,6 +217,32 @@ class BoundBatcher(Bound):
 
     def gauges(self) -> dict[str, object]:
         """Calls that wait, and requests or calls under way."""
-        if self._parties_only and not self._joint_ops:
-            return {}
         return {**self._gathering.gauges(), "joint": bool(self._joint_ops)}
+
+
+class BoundPartyBatcher(BoundBatcher):
+    """The groups of one endpoint, of calls made together; others pass at the cost of a look."""
+
+    _tells = False
+
+    def __call__(self, call: Call, /) -> Coroutine[Any, Any, Reply]:  # pyright: ignore[reportIncompatibleMethodOverride] — what it returns is awaited
+        """As the batcher; a call that belongs to no party, or has no mates at this endpoint, goes on as it is."""
+        place = call.place
+        if place is None:
+            return self.inner(call)
+        if call.op not in self._joint_ops:
+            place.settle()
+            return self.inner(call)
+        self._group_size.cap = self._room_for(call, place.among)
+        return super().__call__(call)
+
+    def _room_for(self, call: Call, among: int | None) -> int:
+        """The largest request that leaves the calls under way within their bound."""
+        most = self.most_at_once(call)
+        if most is None:
+            return MAX_SIZE
+        return max(most if among is not None and among <= most else most // _AT_A_TIME, 1)
+
+    def gauges(self) -> dict[str, object]:
+        """Nothing where there are no joint requests."""
+        return super().gauges() if self._joint_ops else {}
