@@ -26,8 +26,8 @@ LOAD_INTERVAL_S = 0.1
 """A reading costs the server's event loop 1 to 4 ms (vLLM collects all of its metrics for it; measured with 0.32 on a
 CPU: 3.8 ms per call without, 7.3 with), so not every call asks for one."""
 RECOMMENDED_CONCURRENCY = "8-256-512"
-"""256 sequences at once are what vLLM runs on a GPU unless told otherwise (1024 on the largest). Who starts with 64 pays
-a third more time for a burst of 256; a server with fewer places tells so by its queue, and the limit follows."""
+"""256 sequences at once are what vLLM runs on a GPU unless told otherwise (1024 on the largest). To start with 64
+costs a third more time for a burst of 256; a server with fewer places tells so by its queue, and the limit follows."""
 
 _ASKING = (ASKING_HEADER, "JSON")
 _BATCH_CHAT = "batch:chat"
