@@ -18,7 +18,7 @@ from llmmw.bench import report
 from llmmw.bench.figures import claims
 from llmmw.bench.run import Bench, look
 from llmmw.bench.shapes import SHAPES
-from llmmw.demo.report import drawing, write_json
+from llmmw.demo.report import check_writable, write_json
 from llmmw.demo.run import progress_bars
 from llmmw.demo.worlds import EMBEDDED_MODEL
 from llmmw.env import SYSTEM_CLOCK
@@ -96,8 +96,7 @@ def run_bench(
         Whether the promises hold, as far as they were measured.
     """
     console = Console()
-    if chart is not None:
-        drawing("")  # says what is missing before minutes are spent
+    check_writable(json, chart)
     with asked(target) as there:
         found = asyncio.run(look(there))
         label = label or (f"{found.model} at {found.base_url}" if target.base_url else EMULATED)

@@ -31,6 +31,7 @@ def run_demo(
 ) -> None:
     """Run it and say what came out; arguments as `llmmw demo` documents them."""
     console = Console()
+    report.check_writable(json, chart)
     if base_url is not None:
         _ask_once(base_url, model, api_key or None)
     world = EmbeddedWorld(Trouble()) if base_url is None else RealWorld(base_url)

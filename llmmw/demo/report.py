@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmmw.errors import MissingExtra
+from llmmw.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,28 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     """Write figures, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+
+
+def check_writable(figures: Path | None, chart: Path | None) -> None:
+    """See that both can be written, before minutes are spent on what goes into them.
+
+    Raises:
+        ConfigError: one cannot, or no chart has that ending.
+        MissingExtra: matplotlib is not installed.
+    """
+    if chart is not None:
+        endings = drawing("").canvas.get_supported_filetypes()
+        if chart.suffix[1:].lower() not in endings:
+            raise ConfigError(
+                f"{chart}: a chart ends in one of {', '.join('.' + ending for ending in sorted(endings))}"
+            )
+    for path in (figures, chart):
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("ab").close()
+            except OSError as error:
+                raise ConfigError(f"{path}: {error.strerror}") from None
 
 
 def drawing(title: str, *, width: float = 12, height: float = 3.6) -> Any:

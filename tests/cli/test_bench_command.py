@@ -111,6 +111,20 @@ def test_a_chart_that_cannot_be_drawn_is_told_before_anything_is_measured(capsys
     assert "pip install 'llmmw[demo]'" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "path", "said"),
+    [("--json", "file/f.json", "file/f.json: "), ("--json", ".", "Is a directory"), ("--chart", "c.doc", ".png, ")],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(capsys, tmp_path, option, path, said):
+    (tmp_path / "file").write_text("")
+    for command in ("bench", "demo"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, option, str(tmp_path / path)])
+        assert str(ended.value.code).startswith("llmmw: ")
+        assert said in ended.value.code
+        assert capsys.readouterr().out == ""
+
+
 def test_check_fails_where_a_promise_is_broken(capsys, monkeypatch):
     monkeypatch.setattr("llmmw.bench.figures.MOST_AGENTS", 0.0)
     code, out, _ = run(capsys, *QUICK, "--check")
