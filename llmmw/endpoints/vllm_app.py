@@ -133,6 +133,7 @@ async def _hosted(engine: Any, args: Any) -> AsyncGenerator[Hosted]:
     }
     app = _with(_from_vllm("build_app"), facts)
     app.user_middleware = [each for each in app.user_middleware if each.cls.__name__ not in _FOR_THE_NETWORK]
+    app.middleware_stack = None  # made anew of these with the first request; one of vLLM's plugins has made it already
     await _with(_from_vllm("init_app_state"), {**facts, "state": app.state})
     app.state.server = SimpleNamespace(should_exit=False)  # which it tells to stop when the engine has died
     scheduler = engine.vllm_config.scheduler_config

@@ -92,7 +92,9 @@ class FakeApp:
 
     def __init__(self):
         self.state = SimpleNamespace()
-        self.user_middleware = [Middleware("CORSMiddleware"), Middleware("ScalingMiddleware")]
+        names = ("CORSMiddleware", "ScalingMiddleware", "AuthenticationMiddleware")
+        self.user_middleware = [Middleware(name) for name in names]
+        self.middleware_stack = "made"
         self.asked, self.left = [], threading.Event()
 
     async def __call__(self, scope, receive, send):
@@ -341,6 +343,7 @@ async def test_the_options_are_those_of_the_server(vllm):
     assert vllm.validated == [args]
     assert vllm.told == [(("generate",), vllm.engines[0].vllm_config.model_config)]
     assert [each.cls.__name__ for each in vllm.apps[0].user_middleware] == ["ScalingMiddleware"]
+    assert vllm.apps[0].middleware_stack is None
     assert (engine.name, repr(engine)) == ("mine", "VLLMEngine('mine')")
     await engine.aclose()
 

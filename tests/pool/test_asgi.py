@@ -12,6 +12,7 @@ from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, ConnectionFailed
 from llmmw.events import ConnectionOpened, ConnectionReused
 from llmmw.pool import BoundPool, ConnectionPool
+from llmmw.pool.engine import Exchange
 from llmmw.pool.engines.asgi import AppEngine
 from llmmw.pool.guard import Guard
 from llmmw.wire import HTTPRequest
@@ -360,27 +361,48 @@ def test_a_reader_whose_loop_has_ended_is_a_client_that_has_left():
     del response
 
 
+class Loop:
+    """A host whose loop may be closed abruptly, with its tasks in the middle of their work."""
+
+    def __init__(self, app):
+        self.app, self.loop, self.tasks = app, asyncio.new_event_loop(), []
+        self.broken, self.is_here, self.add = (lambda: None), (lambda: True), self.tasks.append
+
+    def close(self):
+        self.loop.close()
+        for task in self.tasks:
+            task._log_destroy_pending = False
+            task.get_coro().close()
+
+
+def test_an_application_that_has_ended_with_its_callers_loop_is_forgotten():
+    async def app(scope, receive, send):
+        await receive()
+        await send(start())
+        await receive()
+
+    host = Loop(app)
+    engine = AppEngine(host)
+    request = HTTPRequest("GET", "http://app.invalid/")
+    answer = host.loop.run_until_complete(engine.send(request, Exchange(None)))
+    host.loop.close()
+    engine.drop()
+    host.close()
+    del answer
+
+
 def test_an_application_whose_loop_has_ended_is_not_reached():
     async def app(scope, receive, send):
         raise AssertionError
 
-    class Gone:
-        app = None
-        loop = asyncio.new_event_loop()
-
-        def broken(self):
-            return None
-
-        def is_here(self):
-            return True
-
-    Gone.loop.close()
+    host = Loop(app)
+    host.close()
 
     async def ask():
-        engine = AppEngine(Gone())
+        engine = AppEngine(host)
         assert engine.held() is None
         with pytest.raises(ConnectionFailed, match="loop"):
-            await engine.send(HTTPRequest("GET", "http://app.invalid/"), None)
+            await engine.send(HTTPRequest("GET", "http://app.invalid/"), Exchange(None))
         await engine.aclose()
 
     asyncio.run(ask())

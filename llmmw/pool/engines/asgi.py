@@ -212,7 +212,7 @@ class _Answer:
 
     def _tell_app(self, call: Callable[[], object]) -> bool:
         """Do something on the application's side; False where its loop has ended."""
-        if self._home is self._there:
+        if self._home is self._there and not self._there.is_closed():
             call()
             return True
         try:
