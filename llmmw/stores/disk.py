@@ -110,7 +110,7 @@ class DiskStore:
             return waiting
         if self._backlog.discards or self._keeper.down:
             return None
-        return await self.ask(partial(self._read, key))
+        return self._keeper.ahead.take(key) or await self.ask(partial(self._read, key))
 
     def _read(self, key: bytes) -> Entry | None:
         entry, broken = self._keeper.get(key)

@@ -8,16 +8,18 @@ statement may inherit a mutex that nobody frees (sqlite.org/howtocorrupt.html, s
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from llmmw.env import SYSTEM_CLOCK
+from llmmw.stores.inbox import inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from llmmw.stores.inbox import Inbox
 
     Read = Callable[[], object]
     Write = Callable[[], bool]
@@ -56,10 +58,13 @@ class IOThread:
         name: of the thread.
         on_stop: runs on the thread at its end.
         on_fork: runs on the thread before the process forks: closes what will be opened again when it is needed.
+
+    Raises:
+        RuntimeError: too many threads.
     """
 
     def __init__(self, name: str, on_stop: Callable[[], None], on_fork: Callable[[], None] | None = None) -> None:
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: Inbox[_Job] = inbox()
         self._at_end = [on_stop]
         self._on_fork = on_fork or on_stop
         self._thread = threading.Thread(target=_Worker(self._jobs, self._at_end).main, name=name, daemon=True)
@@ -167,7 +172,7 @@ if hasattr(os, "register_at_fork"):
 class _Worker:
     """The thread's side: it holds no reference to whoever uses the thread."""
 
-    def __init__(self, jobs: queue.SimpleQueue[_Job], at_end: list[Callable[[], None]]) -> None:
+    def __init__(self, jobs: Inbox[_Job], at_end: list[Callable[[], None]]) -> None:
         self._jobs = jobs
         self._at_end = at_end
         self._writes: deque[Write] = deque()
@@ -207,14 +212,11 @@ class _Worker:
     def _wait(self) -> _Job | None:
         """The next job; None when a write should be tried instead."""
         if not self._writes:
-            return self._jobs.get()
+            return self._jobs.get(None)
         left_s = self._again_at - _now() if self._pause_s else 0.0
-        try:
-            if left_s > 0:
-                return self._jobs.get(timeout=left_s)
-            return None if self._passed >= _PATIENCE else self._jobs.get_nowait()
-        except queue.Empty:
-            return None
+        if left_s > 0:
+            return self._jobs.get(left_s)
+        return None if self._passed >= _PATIENCE else self._jobs.get(0)
 
     def _take(self, read: Read | None, write: Write | None, sleeper: Sleeper | None) -> None:
         if read is not None:

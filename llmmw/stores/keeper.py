@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from typing import TYPE_CHECKING
 
 from llmmw.events import CacheTrouble, Warned
+from llmmw.stores.ahead import MAX_VALUE_BYTES, Ahead
 from llmmw.stores.logs import Mapping, opening
 from llmmw.stores.place import DATABASE, Refused, check, identity, prepare, quarantine
 from llmmw.stores.schema import BadRow, Unsealable, is_broken, is_busy, is_full
@@ -50,6 +52,8 @@ class Keeper:
         self._mapping: Mapping | None = None
         self._file = (0, 0)
         """Which file is open; there may be another in its place by now."""
+        self.ahead = Ahead(env.clock)
+        """Rows that were read before anybody asked; `take` is for any thread."""
         self._retry = _Pause(env)
         self._writes = _Pause(env)
         self._quarantines = 0
@@ -74,15 +78,29 @@ class Keeper:
 
     def get(self, key: bytes) -> tuple[Entry | None, bool]:
         """The entry of a key or None, and whether a broken row stands there, to be deleted."""
-        rows = self._current()
+        entry = self.ahead.take(key)
+        if entry is not None:
+            return entry, False
+        rows, began = self._current(), self._env.clock.monotonic()
         if rows is None:
             return None, False
         try:
-            entry = rows.get(key)
+            entry, row = rows.find(key)
         except Exception as error:  # noqa: BLE001 — a damaged database makes SQLite raise anything
             return None, self._is_bad_row(error)
         self._retry.over()
+        if entry is not None:
+            self._read_on(rows, row, self._env.clock.monotonic() - began)
         return entry, False
+
+    def _read_on(self, rows: Rows, row: int, took_s: float) -> None:
+        count = self.ahead.wanted(row, took_s)
+        if count:
+            try:
+                with contextlib.closing(rows.following(row, count, MAX_VALUE_BYTES)) as found:
+                    self.ahead.fill(found)
+            except Exception:  # noqa: BLE001 — nobody asked for it; whoever does will find out
+                self.ahead.clear()
 
     def _is_bad_row(self, error: Exception) -> bool:
         """Whether only one row is broken; anything else is dealt with here."""
@@ -104,16 +122,19 @@ class Keeper:
                 self.trouble(obstacle)
 
         done = self._write(write)
+        self.ahead.forget(key)
         if done is None:
             self.trouble("write dropped")
         return done is not False
 
     def delete(self, key: bytes) -> bool:
         """Remove a row; False: not yet."""
+        self.ahead.forget(key)
         return self._write(lambda rows: rows.delete(key)) or self.given_up
 
     def discard(self, match: Match) -> bool:
         """Remove all rows that match; False: not yet."""
+        self.ahead.clear()
         return self._write(lambda rows: rows.discard(match)) or self.given_up
 
     def _write(self, act: Callable[[Rows], None]) -> bool | None:
@@ -138,6 +159,7 @@ class Keeper:
 
     def close(self) -> None:
         """Close the database."""
+        self.ahead.clear()
         rows, self._rows = self._rows, None
         mapping, self._mapping = self._mapping, None
         if rows is not None:
@@ -150,6 +172,7 @@ class Keeper:
 
     def abandon(self) -> object:
         """After a fork: forget the parent's handle without closing it; whoever gets it keeps it alive."""
+        self.ahead.clear()
         rows, self._rows = self._rows, None
         self._mapping = None
         self._retry.over()

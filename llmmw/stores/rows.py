@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ from llmmw.stores.schema import BadRow, Unsealable
 from llmmw.stores.table import MAX_VALUE_BYTES, Table
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
 
     from llmmw.stores.base import Codec, Match
@@ -41,14 +43,23 @@ class Rows:
         self._max_excess = int(max_bytes * _MAX_EXCESS)
         self._table: Any = Table(directory, max_bytes)
 
-    def get(self, key: bytes) -> Entry | None:
-        """The entry of a key.
+    def find(self, key: bytes) -> tuple[Entry | None, int]:
+        """The entry of a key, and the number of its row (0: there is none).
 
         Raises:
             BadRow: what stands there is not what we wrote.
         """
-        raw = self._table.blob(key)
-        return None if raw is None else self._read(key, raw)
+        found = self._table.find(key)
+        return (None, 0) if found is None else (self._read(key, found[1]), found[0])
+
+    def following(self, row: int, count: int, max_bytes: int) -> Generator[tuple[int, bytes, Entry]]:
+        """Number, key and entry of the rows after one, without longer and broken ones; close it."""
+        with contextlib.closing(self._table.following(row, count, max_bytes)) as rows:
+            for number, key, value in rows:
+                with contextlib.suppress(BadRow):  # it is dealt with when it is asked for
+                    entry = self._read(key, value) if type(key) is bytes else None
+                    if entry is not None:
+                        yield number, key, entry
 
     def _read(self, key: bytes, raw: object) -> Entry | None:
         if type(raw) is not bytes:

@@ -515,7 +515,7 @@ async def test_a_full_or_failing_disk_is_counted_warned_of_once_and_tried_again_
     await rig.store.get(KEY)
     with monkeypatch.context() as patch:
         patch.setattr(Rows, "set", fails)
-        patch.setattr(Rows, "get", fails)
+        patch.setattr(Rows, "find", fails)
         patch.setattr(Rows, "delete", fails)
         patch.setattr(Rows, "discard", fails)
         rig.store.put(KEY, entry(), 60)
@@ -851,7 +851,7 @@ async def test_a_read_that_finds_the_database_locked_is_a_miss_and_closes_nothin
     await stored(place)
     rig = Rig(place)
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "get", locked)
+        patch.setattr(Rows, "find", locked)
         assert await rig.store.get(KEY) is None
     assert rig.store.gauges()["disk"] == "ok"
     assert await rig.store.get(KEY) is not None

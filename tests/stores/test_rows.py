@@ -76,9 +76,9 @@ def test_a_database_in_use_by_two_is_one_database(tmp_path):
     prepare(place)
     one, two = Rows(place, 2**26), Rows(place, 2**26)
     one.set(b"k", Entry(Header(0.0, 9.0), b"x"), 60)
-    assert two.get(b"k").data == b"x"
+    assert two.find(b"k")[0].data == b"x"
     two.delete(b"k")
-    assert one.get(b"k") is None
+    assert one.find(b"k")[0] is None
     one.close()
     two.close()
 
@@ -147,8 +147,8 @@ def test_disk_04_rows_with_strange_keys_stop_no_scan_and_are_not_touched(place):
     for number, (key, raw) in enumerate([(None, 1), ("text", 1), (3, 1), (pickle.dumps("b"), 0), (b"c", "x")]):
         sql("INSERT INTO Cache (rowid, key, raw, mode, value) VALUES (?, ?, ?, 1, ?)", (-number - 1, key, raw, value))
     rows.discard(Match("tag", "t"))
-    assert rows.get(b"b") is None
-    assert rows.get(b"a") is not None
+    assert rows.find(b"b")[0] is None
+    assert rows.find(b"a")[0] is not None
     assert sql("SELECT count(*) FROM Cache").fetchone() == (6,)
     rows.close()
 
@@ -158,7 +158,7 @@ def test_a_value_longer_than_any_of_ours_is_not_even_read(place, monkeypatch):
     rows = Rows(place, 2**26)
     rows.set(b"k", entry(bytes(2_000)), 60)
     with pytest.raises(BadRow, match="type"):
-        rows.get(b"k")
+        rows.find(b"k")
     rows.close()
 
 
@@ -167,9 +167,9 @@ def test_disk_06_a_broken_row_is_deleted_though_its_time_is_over(place):
     rows.set(b"k", entry(), 60)
     rows._table._connection.execute("UPDATE Cache SET expire_time = 1, value = x'00'")
     with pytest.raises(BadRow):
-        rows.get(b"k")
+        rows.find(b"k")
     rows.delete(b"k")
-    assert rows.get(b"k") is None
+    assert rows.find(b"k")[0] is None
     rows.close()
 
 
@@ -222,7 +222,7 @@ def test_a_codec_that_cannot_seal_costs_one_write_and_tells_nothing(place, codec
         rows.set(b"k", entry(), 60)
     assert "sk-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
-    assert rows.get(b"k") is None
+    assert rows.find(b"k")[0] is None
     rows.close()
 
 
@@ -231,6 +231,6 @@ def test_a_codec_that_cannot_open_makes_a_bad_row(place, opened):
     rows = Rows(place, 2**26, Codec(open=opened))
     rows.set(b"k", entry(), 60)
     with pytest.raises(BadRow) as caught:
-        rows.get(b"k")
+        rows.find(b"k")
     assert "sk-secret" not in str(caught.value)
     rows.close()
