@@ -1210,7 +1210,15 @@ async def test_entrance_survives_cancellation_at_any_moment(clock: ManualClock) 
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_size": 0}, {"flush_interval": 0}, {"max_bytes": 0}, {"max_queue": None}, {"when_full": "x"}, {"joint": "x"}],
+    [
+        {"max_size": 0},
+        {"min_size": 0},
+        {"flush_interval": 0},
+        {"max_bytes": 0},
+        {"max_queue": None},
+        {"when_full": "x"},
+        {"joint": "x"},
+    ],  # fmt: skip
 )
 def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError, match=next(iter(options))):
