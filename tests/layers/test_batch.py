@@ -1218,7 +1218,7 @@ async def test_entrance_survives_cancellation_at_any_moment(clock: ManualClock) 
         {"max_queue": None},
         {"when_full": "x"},
         {"joint": "x"},
-    ],  # fmt: skip
+    ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError, match=next(iter(options))):
