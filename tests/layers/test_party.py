@@ -174,7 +174,7 @@ async def test_the_same_question_twice_is_asked_once(clock: ManualClock) -> None
 
 
 def test_answers_on_disk_do_not_tear_a_batch_apart(tmp_path: Path) -> None:
-    """Reading takes a thread and several turns of the loop; how long, and so how many requests, is the machine's say."""
+    """Reading takes a thread and turns of the loop; how long, and so how many requests, is the machine's say."""
 
     async def main() -> None:
         server = Server(latency_s=0)
