@@ -15,7 +15,7 @@ import pytest
 from llmmw import Client, Stack, using
 from llmmw.endpoints.vllm import VLLMEndpoint
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "vllm_cpu"
 AGENTS = [f"agent {number}" for number in range(7)]
@@ -28,7 +28,7 @@ def other():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         serving = importlib.import_module("server")
-        with serving.server(serving.Settings()) as running:
+        with serving.server(serving.Settings(timeout=600)) as running:
             yield running
 
 
