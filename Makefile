@@ -7,9 +7,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := llmmw tests benchmarks
+SOURCES := llmmw tests benchmarks integrations
 
-.PHONY: help install demo test cases chaos check bench bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm cover format pin clean
+.PHONY: help install demo test cases chaos check bench bench-peers bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm test-integrations cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -50,6 +50,10 @@ check: $(READY)  ## lint, types, import direction
 
 bench: $(READY)  ## what llmmw costs, beside the floors, in one run
 	$(BIN)/python benchmarks/overhead.py
+
+PEERS ?=
+bench-peers: $(READY)  ## llmmw beside its peers in one table: PEERS="--only llmmw,litellm --rows memory" (all: about 30 min)
+	PYTHONPATH=benchmarks $(BIN)/python -m peers --json out/peers.json --chart out/peers.png $(PEERS)
 
 bench-storms: $(READY)  ## crowds at a server that refuses: requests and time, beside the bare SDK (about 3 min)
 	$(BIN)/python benchmarks/storms.py --repeats 3
@@ -94,6 +98,9 @@ demo-vllm: $(READY)  ## the demo against that real server (answers end at a spac
 test-vllm: $(READY)  ## the tests marked vllm, against a real vLLM server
 	$(BIN)/python benchmarks/vllm_cpu/server.py run -- $(BIN)/python -m pytest -m vllm
 
+test-integrations: $(READY)  ## llmmw-mesa with each Mesa-LLM it supports, and their own suites with it installed
+	$(BIN)/python integrations/mesa_llm/run_tests.py
+
 cover: $(READY)  ## tests with branch coverage
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest
@@ -111,4 +118,4 @@ pin: $(READY)  ## compile requirements/dev.in into pinned versions with hashes
 		--no-deps --upgrade -o requirements/sdk-openai2.txt requirements/sdk-openai2.in
 
 clean:  ## remove environments and build results
-	rm -rf $(VENV) .venv-* .vllm build dist out .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .vllm .peers build dist out .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache

@@ -152,15 +152,20 @@ async def httpx2_client(url: str) -> AsyncGenerator[Ask]:
 
 
 @asynccontextmanager
-async def openai_client(url: str, max_retries: int = 0, **options: Any) -> AsyncGenerator[Ask]:
+async def openai_client(
+    url: str, max_retries: int = 0, wrap: Callable[[Any], Any] | None = None, **options: Any
+) -> AsyncGenerator[Ask]:
     """The openai SDK as it comes, but for its retries."""
     import openai
 
-    async with openai.AsyncOpenAI(base_url=url, api_key="benchmark", max_retries=max_retries, **options) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key="benchmark", max_retries=max_retries, **options) as made:
+        client: Any = made if wrap is None else wrap(made)
 
-        async def ask(prompt: str) -> object:
-            made = await client.chat.completions.create(**body(prompt))
-            return made.choices[0].message.content
+        async def ask(prompt: str, **changes: Any) -> object:
+            others = {name: changes.pop(name) for name in ("base_url", "api_key") if name in changes}
+            asked = client.with_options(**others) if others else client
+            completion = await asked.chat.completions.create(**(body(prompt) | changes))
+            return completion.choices[0].message.content
 
         yield ask
 

@@ -184,7 +184,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         colours = ["tab:blue" if row.ours else "0.7" for row in here]
         bars = axis.barh([row.name for row in here], [row.median for row in here], color=colours)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-        if max(row.median for row in here) > _WIDE * max(1e-9, min(row.median for row in here)):
+        found = [row.median for row in here if row.median > 0]
+        if found and max(found) > _WIDE * min(found):
             axis.set_xscale("log")
         axis.margins(x=0.1)
         for at, row in enumerate(here):
