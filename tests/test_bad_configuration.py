@@ -70,7 +70,7 @@ WRONG = {
         "network_directory": SWITCH,
         "codec": ("zip", 1, NOTHING),
     },
-    Coalescer: {"finish_orphans": SWITCH, "buffer_bytes": WHOLE + NO_NONE, "lease": POSITIVE},
+    Coalescer: {"finish_orphans": SWITCH, "buffer_bytes": WHOLE + NO_NONE, "lease": POSITIVE, "merge_samples": SWITCH},
     Balancer: {
         "affinity": ("", "tenant", None, 1, NOTHING),
         "spill": (0.9, -1, NAN, INF, True, "2", NOTHING),
@@ -109,6 +109,7 @@ WRONG = {
     },
     Batcher: {
         "max_size": WHOLE + NO_NONE,
+        "min_size": WHOLE + NO_NONE,
         "flush_interval": POSITIVE + NO_NONE,
         "max_bytes": WHOLE,
         "max_tokens": WHOLE,
