@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+from contextvars import Context
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -136,6 +138,7 @@ class Inquiry:
         self._clock = SYSTEM_CLOCK
         self._pool: BoundPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
         self._task: asyncio.Task[About] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self.due_at = -inf
@@ -147,7 +150,7 @@ class Inquiry:
 
     def begin(self) -> None:
         """A call is made, on the loop that this belongs to: ask in the background."""
-        self._loop = asyncio.get_running_loop()
+        self._settle(asyncio.get_running_loop())
         self._begin()
 
     def doubt(self) -> None:
@@ -171,14 +174,17 @@ class Inquiry:
         """
         return await self._at_home(lambda: self._get(path, limit_s))
 
+    def _settle(self, here: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._pid = here, os.getpid()
+
     def _begin(self) -> asyncio.Task[About]:
         task = self._task
         if task is None or task.done():
             self.due_at = self._clock.monotonic() + self._pause_s
-            task = self._task = asyncio.get_running_loop().create_task(
-                ask_about(lambda path: self._get(path, _LIMIT_S))
-            )
-            task.add_done_callback(self._ended)
+            work = ask_about(lambda path: self._get(path, _LIMIT_S))
+            # In no caller's context: what that holds (a whole request of a web server) would be kept as long.
+            task = self._task = asyncio.get_running_loop().create_task(work, context=Context())
+            task.add_done_callback(self._ended, context=Context())
         return task
 
     def _ended(self, task: asyncio.Task[About]) -> None:
@@ -208,8 +214,8 @@ class Inquiry:
     async def _at_home(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Run it on the loop that the connections belong to, whichever loop asks."""
         home, here = self._loop, asyncio.get_running_loop()
-        if home is None or home is here or not home.is_running():
-            self._loop = here
+        if home is None or home is here or not home.is_running() or self._pid != os.getpid():
+            self._settle(here)
             return await ask()
 
         async def asked() -> T:

@@ -14,6 +14,7 @@ from llmmw import Client, Stack
 from llmmw.algo.load import Load
 from llmmw.call import Call, Context
 from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.endpoints.salts import Salts
 from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.env import Env
 from llmmw.errors import ConfigError, ConnectionFailed, StatusError
@@ -223,6 +224,14 @@ async def test_each_tenant_has_a_salt_of_its_own_in_every_process(server):
     assert await salts_of(server, *calls, cache_salt=SECRET + "!") != found
     assert await salts_of(server, calls[0], cache_salt=True) != await salts_of(server, calls[0], cache_salt=True)
     assert await salts_of(server, calls[0]) == await salts_of(server, calls[0], cache_salt=False) == [None]
+
+
+def test_any_number_of_tenants_has_salts():
+    salts = Salts(SECRET)
+    first = salts.of("0")
+    assert len({salts.of(str(n)) for n in range(10_000)}) == 10_000
+    assert salts.of("0") == first
+    assert len(salts._known) <= 4096
 
 
 async def test_a_calls_own_salt_goes_before_it(server):

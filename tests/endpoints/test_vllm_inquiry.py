@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import threading
 import weakref
+from contextvars import ContextVar
 
 import pytest
 
@@ -304,6 +306,58 @@ async def test_closing_breaks_it_off():
         await at.endpoint.aclose()
         await at.endpoint.aclose()
         assert task.cancelled()
+
+
+async def test_a_dead_loop_takes_its_inquiry_along():
+    async with Server(__v1__models=never) as server:
+        at = Opened(server)
+        await at.ask()
+        left = at.endpoint._inquiry._task
+        at.endpoint.rehome()
+        server.pages["/v1/models"] = PAGES["/v1/models"]
+        await at.ask()
+        await at.over()
+        assert at.endpoint.about.version == "0.24.0"
+        left.cancel()
+        await asyncio.wait([left])
+        assert at.endpoint.about.version == "0.24.0"
+        await at.endpoint.aclose()
+
+
+async def test_the_inquiry_keeps_nothing_of_the_caller():
+    class Held:
+        pass
+
+    variable = ContextVar("variable")
+
+    async def caller(at):
+        held = Held()
+        variable.set(held)
+        at.endpoint._inquiry.begin()  # alone: asyncio's transports keep the context of whoever opened a connection
+        return weakref.ref(held)
+
+    async with Server(__v1__models=never) as server, Opened(server) as at:
+        gone = await asyncio.create_task(caller(at))
+        while "/v1/models" not in server.asked:
+            await asyncio.sleep(0)
+        gc.collect()
+        assert gone() is None
+        assert not at.endpoint._inquiry._task.done()
+
+
+async def test_a_forked_child_asks_on_a_loop_of_its_own():
+    async with running_server() as server:
+        endpoint = VLLMEndpoint(server.url)
+        await endpoint(chat())
+        assert await endpoint.health()
+        pid = os.getpid()
+        endpoint._inquiry._pid = pid + 1  # as in a child: the loop seems to run, but not here
+        found = []
+        thread = threading.Thread(target=lambda: found.append(asyncio.run(endpoint.health())))
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert found == [True]
+        await endpoint.aclose()
 
 
 async def test_a_question_from_another_loop_is_asked_on_the_connections_own():
