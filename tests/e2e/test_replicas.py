@@ -24,6 +24,7 @@ from llmmw import (
     using,
 )
 from llmmw.endpoints.openai import HTTPEndpoint
+from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.testing.server import FaultRule, ServerConfig, ServerProcess, server_process
 
 PATIENCE_S = 30.0
@@ -179,7 +180,7 @@ def test_extra_headers_and_keys_go_to_every_replica(processes):
         config = ServerConfig(api_keys=("sk-replicas",), log_headers=True)
         servers = [stack.enter_context(server_process(config)) for _ in range(2)]
         with SyncClient(urls(servers), "sk-replicas", model=MODEL, name="mine") as client:
-            for number in range(12):
+            for number in range(40):
                 client.chat(str(number), extra_headers={"x-trace": f"trace {number}"})
         for server in servers:
             asked = [each for each in server.stats()["requests"] if each["route"] == "/v1/chat/completions"]
@@ -192,6 +193,24 @@ async def test_batches_are_spread(pair):
         outcomes = await client.generate_batch(prompts=[f"prompt {number}" for number in range(40)], max_tokens=3)
     assert all(outcome.ok for outcome in outcomes)
     assert min(server.stats(0)["by_route"]["/v1/completions"] for server in pair) >= 10
+
+
+@pytest.mark.parametrize("first_is", ["well", "broken"])
+async def test_joint_requests_are_one_for_each_replica(pair, first_is):
+    if first_is == "broken":
+        pair[0].add_fault(FaultRule(kind="reset"))
+    chats = [[{"role": "user", "content": f"question {number}"}] for number in range(128)]
+    async with Client([VLLMEndpoint(server.url) for server in pair], model=MODEL) as client:
+        outcomes = await client.generate_batch(messages=chats, max_tokens=3)
+        figures = told(client)
+    assert all(outcome.ok for outcome in outcomes)
+    joint = [server.stats(0)["by_route"].get("/v1/chat/completions/batch", 0) for server in pair]
+    if first_is == "well":
+        assert joint == [1, 1]
+    else:
+        assert joint[1] >= 1
+        assert figures[pair[0].url]["failures"] > 0
+        assert sum(received(server) for server in pair) + sum(joint) < 128
 
 
 async def test_with_all_servers_gone_each_call_ends_at_once_and_says_so():
