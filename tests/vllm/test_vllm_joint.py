@@ -48,19 +48,18 @@ async def test_a_batch_is_one_request_with_the_answers_of_single_calls(vllm, fie
     assert told["tokens_out"] == paid(alone).output_tokens
 
 
-async def test_only_what_is_not_cached_is_sent(vllm, tmp_path):
+async def test_only_what_is_not_cached_is_sent(vllm):
     asked = questions("cached")
     fields = {**vllm.question(""), "max_tokens": 64}
     del fields["messages"], fields["model"]
-    stack = Stack(TTLCache(300, directory=tmp_path), Coalescer(), Retry(), Timeout(60))
+    stack = Stack(TTLCache(300), Coalescer(), Retry(), Timeout(60))
     before = await vllm.idle()
-    for first in (40, 0):  # the last 8, then all of them, of which 40 are new
-        async with Client(VLLMEndpoint(vllm.url, vllm.api_key), stack=stack, model=vllm.model) as client:
+    async with Client(VLLMEndpoint(vllm.url, vllm.api_key), stack=stack, model=vllm.model) as client:
+        for first in (40, 0):  # the last 8 side by side, then all of them, of which 40 are new
             outcomes = await client.generate_batch(messages=asked[first:], **fields)
             assert all(outcome.ok for outcome in outcomes)
-            hits = client.get_performance_stats()["cache_hits"]
-    assert hits == 8
-    await vllm.grown(before, answers=COUNT)
+        assert client.get_performance_stats()["cache_hits"] == 8
+    await vllm.grown(before, answers=COUNT, posts=9)
 
 
 async def test_one_that_is_too_long_fails_alone(vllm):
