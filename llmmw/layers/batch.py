@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 MAX_SIZE = 128
+"""Requests of 64, 128 or 256 chats take as long as each other (`make bench-joint`); one that fails concerns them all."""
 MIN_SIZE = 32
+"""A joint request saves nothing up to 16 calls and 8 to 27 % of the time at 64 (vLLM 0.32, CPU)."""
 _AT_A_TIME = 2
 """Where more are to be made than may be under way, so many joint requests have room at a time: while the last answers
 of one are waited for, the others keep the server busy. A bound that leaves less than `MIN_SIZE` to each means single
