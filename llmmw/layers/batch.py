@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 MAX_SIZE = 128
-"""Requests of 64, 128 or 256 chats take as long as each other (`make bench-joint`); one that fails concerns them all."""
+"""Requests of 64, 128 or 256 chats take as long as each other (`make bench-joint`); one that fails concerns all."""
 MIN_SIZE = 32
 """A joint request saves nothing up to 16 calls and 8 to 27 % of the time at 64 (vLLM 0.32, CPU)."""
 _AT_A_TIME = 2
