@@ -58,6 +58,8 @@ async def the_client() -> None:
 
 
 def the_sync_client() -> None:
+    several = llmmw.SyncClient([llmmw.Replica("http://127.0.0.1:8000/v1", weight=2), "http://127.0.0.1:8001/v1"])
+    assert_type(several.explain(), str)
     with llmmw.SyncClient("http://127.0.0.1:8000/v1") as client, llmmw.using(agent="a") as context:
         assert_type(context, llmmw.Context)
         assert_type(client.chat("hi", model="m"), llmmw.Reply)
