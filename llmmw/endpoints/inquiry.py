@@ -111,7 +111,7 @@ class Inquiry:
     """Asks a server about itself, over connections of its own: calls neither wait for them nor hold them up.
 
     Args:
-        root: the server's URL without "/v1".
+        base_url: of the calls; the server's own pages lie beside its "/v1".
         headers: sent with every question.
         settings: of the calls' connections; these are like them, but few.
         allow_hosts: hosts exempt from the ban on link-local and metadata addresses.
@@ -121,7 +121,7 @@ class Inquiry:
 
     def __init__(
         self,
-        root: str,
+        base_url: str,
         headers: Headers,
         settings: ConnectionPool,
         *,
@@ -129,7 +129,8 @@ class Inquiry:
         secrets_of: Callable[[HTTPRequest], Secrets],
         told: Callable[[About], None],
     ) -> None:
-        self._root = root
+        place, mark, query = base_url.partition("?")
+        self._root = f"{place.rstrip('/').removesuffix('/v1')}{mark}{query}"
         self._headers = headers
         self._settings = dataclasses.replace(settings, max_connections=_CONNECTIONS, prewarm=0, drain_timeout=0.0)
         self._allow_hosts = allow_hosts

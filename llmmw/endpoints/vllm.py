@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.algo.load import ASKING_HEADER, LOAD_HEADER, NO_LOAD, Load, load_of_header, load_of_metrics
@@ -115,7 +116,7 @@ class VLLMEndpoint(HTTPEndpoint):
         self._about: About | None = None
         self._takes_priority = True
         self._inquiry = Inquiry(
-            _root_of(self._base_url),
+            self._base_url,
             self._headers,
             settings,
             allow_hosts=self._allow_hosts,
@@ -203,7 +204,8 @@ class VLLMEndpoint(HTTPEndpoint):
         Raises:
             UpstreamError: no answer could be obtained, or what came is none.
         """
-        if self._env.clock.monotonic() >= self._inquiry.due_at:
+        due_at = self._inquiry.due_at
+        if due_at != inf and self._env.clock.monotonic() >= due_at:
             self._inquiry.begin()
         call = dressed(call, self._salts, by_priority=self._takes_priority)
         try:
@@ -277,15 +279,12 @@ def dressed(call: Call, salts: Salts, *, by_priority: bool) -> Call:
     op, payload = call.op, call.payload
     if op not in _SALTED or isinstance(call.native, HTTPRequest):
         return call
-    added: dict[str, Any] = {}
     if not by_priority:
         call = _without(call, "priority")
     elif call.priority and op in _PRIORITY and "priority" not in payload:
-        added["priority"] = max(_LOWEST, min(call.priority, _HIGHEST))
+        call = _with(call, "priority", max(_LOWEST, min(call.priority, _HIGHEST)))
     salt = salts.of(call.namespace)
-    if salt is not None and "cache_salt" not in payload:
-        added["cache_salt"] = salt
-    return call.replace(payload={**call.payload, **added}) if added else call
+    return call if salt is None or "cache_salt" in payload else _with(call, "cache_salt", salt)
 
 
 def _refuses_priority(call: Call, reply: Reply) -> bool:
@@ -297,6 +296,10 @@ def _refuses_priority(call: Call, reply: Reply) -> bool:
         return False
     said, _ = decode_error(reply.data)
     return said.param in {"priority", "body.priority"} or "priority" in said.message.lower()
+
+
+def _with(call: Call, field: str, value: Any) -> Call:
+    return call.replace(payload={**call.payload, field: value})
 
 
 def _without(call: Call, field: str) -> Call:
@@ -312,8 +315,3 @@ def _with_version(base_url: Any) -> Any:
     place, mark, query = base_url.partition("?")
     host = place.partition("://")[2].rstrip("/")
     return f"{place.rstrip('/')}/v1{mark}{query}" if host and "/" not in host else base_url
-
-
-def _root_of(base_url: str) -> str:
-    place, mark, query = base_url.partition("?")
-    return f"{place.rstrip('/').removesuffix('/v1')}{mark}{query}"
