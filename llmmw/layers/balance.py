@@ -140,11 +140,12 @@ class BoundBalancer(Bound):
         index = self._chooser.first(call, key)
         failures: list[_Miss] = []
         asked: list[int] = []
+        outcome: Reply | Exception | None = None
         try:
             while True:
                 index = self._last_resort(call, asked, failures) if index is None else index
                 if index is None:
-                    return self._fail(failures)
+                    break
                 route = self._routes[index]
                 if failures and failures[-1].route is not route:
                     self.env.emit(Rerouted(failures[-1].route.name, route.name, failures[-1].fault.kind.value))
@@ -158,10 +159,15 @@ class BoundBalancer(Bound):
                 failures.append(_Miss(route, addressed, outcome, fault, self._again_at(outcome, fault)))
                 self._learn(index, call.model, outcome, fault)
                 if not self._goes_on(call, index, failures):
-                    return self._fail(failures)
+                    break
                 index = self._chooser.next(call, key, asked) if _sent(failures) < self._rules.attempts else None
+            outcome = _verdict(failures)
+            if isinstance(outcome, Reply):
+                return outcome
+            raise outcome
         finally:
-            failures.clear()  # exceptions whose tracebacks lead back to this frame
+            outcome = None  # an exception whose traceback leads back to this frame would wait for the collector
+            failures.clear()
 
     def _goes_on(self, call: Call, index: int, failures: list[_Miss]) -> bool:
         """Whether another replica is asked after the last of these failures."""
@@ -249,16 +255,6 @@ class BoundBalancer(Bound):
             raise outcome
         return outcome
 
-    def _fail(self, failures: Sequence[_Miss]) -> Reply:
-        """The last failure that was one; where every replica refused without being asked, the earliest to return."""
-        attempts = _attempts(failures)
-        real = [miss for miss in failures if miss.fault.kind is not FaultKind.REFUSED]
-        outcome = (real[-1] if real else min(failures, key=lambda miss: miss.again_at)).outcome
-        if isinstance(outcome, Reply):
-            return after(outcome, attempts)
-        annotate(outcome, attempts)
-        raise outcome
-
     def reconfigure(self, **changes: Any) -> None:
         """Change `weights`, a mapping from names of replicas to numbers; at 0 a replica gets no further call.
 
@@ -293,6 +289,17 @@ _KEYS: dict[str, Callable[[Call], str | None]] = {"agent": _agent, "none": _nobo
 
 def _attempts(failures: Sequence[Failure]) -> tuple[Attempt, ...]:
     return tuple(attempt for failure in failures for attempt in history(failure))
+
+
+def _verdict(failures: Sequence[_Miss]) -> Reply | Exception:
+    """The last failure that was one; where every replica refused without being asked, the earliest to return."""
+    attempts = _attempts(failures)
+    real = [miss for miss in failures if miss.fault.kind is not FaultKind.REFUSED]
+    outcome: Reply | Exception = (real[-1] if real else min(failures, key=lambda miss: miss.again_at)).outcome
+    if isinstance(outcome, Reply):
+        return after(outcome, attempts)
+    annotate(outcome, attempts)
+    return outcome
 
 
 def _sent(failures: Sequence[Failure]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -311,6 +313,31 @@ async def test_the_first_call_to_a_dead_replica_waits_for_nothing(clock: ManualC
     assert all(reply.ok and not reply.fallback and reply.endpoint == "http://r1.test/v1" for reply in replies)
     assert clock.monotonic() == 1000.0
     assert asked(upstreams) == [5, 40]  # ejected after five in a row
+
+
+@manual_time
+async def test_an_error_is_gone_with_whoever_caught_it(clock: ManualClock) -> None:
+    upstreams = servers(2)
+
+    def down() -> Reply:
+        raise REFUSED("x")
+
+    for upstream in upstreams:
+        upstream.fails = down
+    async with bound(clock, upstreams) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            kept = None
+            try:
+                await engine.call(by())
+            except errors.ConnectionFailed as error:
+                kept = weakref.ref(error)
+            await asyncio.sleep(0)
+            assert kept is not None
+            assert kept() is None
+        finally:
+            gc.enable()
 
 
 @manual_time
