@@ -36,17 +36,8 @@ def main() -> int:
     from llmmw.cli.bench import numbers_of, run_bench, shapes_of
     from llmmw.endpoints.vllm_engine import VLLMEngine
 
-    class Kept(VLLMEngine):
-        """An engine that outlives the clients of the waves."""
-
-        async def aclose(self) -> None:
-            """The client has done its work; `end` closes."""
-
-        async def end(self) -> None:
-            await super().aclose()
-
     padded = {"scheduler_cls": "step_pad.PaddedScheduler"} if os.environ["STEP_PAD"] == "1" else {}
-    engine = Kept(
+    engine = VLLMEngine(
         options.model_path, served_model_name="tiny", dtype="bfloat16", seed=0, generation_config="vllm",
         enforce_eager=True, max_model_len=4096, max_num_seqs=256, enable_prompt_tokens_details=True,
         scheduling_policy="priority", **padded,
@@ -54,8 +45,8 @@ def main() -> int:
 
     @contextlib.asynccontextmanager
     async def opened(target: Target) -> AsyncGenerator[object]:
-        async with client_of(target, engine) as client:
-            await engine.ready()
+        await engine.ready()
+        async with client_of(target, VLLMEngine(engine)) as client:  # another one on the same vLLM for each wave
             yield batches(client)
 
     SHAPES["engine"] = Shape("engine", "llmmw Client.generate_batch on VLLMEngine, in this process", opened)
@@ -65,7 +56,7 @@ def main() -> int:
     try:
         kept = run_bench(target, plan, json=Path(options.out + ".json"), chart=Path(options.out + ".png"), label=label)
     finally:
-        asyncio.run(engine.end())
+        asyncio.run(engine.aclose())
     return 0 if kept else 1
 
 
