@@ -9,15 +9,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.algo.balance import BalanceRules
-from llmmw.call import Attempt, Reply
+from llmmw.call import Reply
 from llmmw.errors import CircuitOpen, ConfigError, RateLimited, Refused
 from llmmw.events import Rerouted
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
-from llmmw.layers.attempt import after, annotate, at_delivered_end, begun, failure_of
+from llmmw.layers.attempt import at_delivered_end, begun, failure_of
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.breaker import BoundBreaker, CircuitBreaker
 from llmmw.layers.chooser import Chooser
-from llmmw.layers.routes import Failure, answer_of, goes_elsewhere, history, route_to
+from llmmw.layers.misses import Miss, attempts_of, sent, tried, verdict_on
+from llmmw.layers.routes import answer_of, goes_elsewhere, route_to
 from llmmw.order import Role
 from llmmw.settings import number, seconds, settings, whole
 
@@ -100,11 +101,6 @@ def _guarded(handler: Handler, env: Env) -> Handler:
     return handler if has_one else CircuitBreaker().bind(handler, env)
 
 
-class _Miss(Failure, frozen=True):
-    again_at: float
-    """When the replica will be there for the call, where that is known; on the env clock's monotonic scale."""
-
-
 class BoundBalancer(Bound):
     """The replicas of one endpoint. To layers outside it is that endpoint: it has a name, capabilities and a health."""
 
@@ -138,7 +134,7 @@ class BoundBalancer(Bound):
         """
         key = self._key_of(call)
         index = self._chooser.first(call, key)
-        failures: list[_Miss] = []
+        failures: list[Miss] = []
         asked: list[int] = []
         outcome: Reply | Exception | None = None
         try:
@@ -153,15 +149,15 @@ class BoundBalancer(Bound):
                 addressed = self._addressed(call, index, asked, failures)
                 outcome = await self._ask(index, addressed)
                 if isinstance(outcome, Reply) and outcome.ok:
-                    return answer_of(outcome, route, _attempts(failures), fallback=False) if failures else outcome
+                    return answer_of(outcome, route, attempts_of(failures), fallback=False) if failures else outcome
                 fault = classify(outcome, wall=self.env.clock.wall())
                 assert fault is not None  # noqa: S101 — only a success is without fault
-                failures.append(_Miss(route, addressed, outcome, fault, self._again_at(outcome, fault)))
+                failures.append(Miss(route, addressed, outcome, fault, self._again_at(outcome, fault)))
                 self._learn(index, call.model, outcome, fault)
                 if not self._goes_on(call, index, failures):
                     break
-                index = self._chooser.next(call, key, asked) if _sent(failures) < self._rules.attempts else None
-            outcome = _verdict(failures)
+                index = self._chooser.next(call, key, asked) if sent(failures) < self._rules.attempts else None
+            outcome = verdict_on(failures)
             if isinstance(outcome, Reply):
                 return outcome
             raise outcome
@@ -169,22 +165,21 @@ class BoundBalancer(Bound):
             outcome = None  # an exception whose traceback leads back to this frame would wait for the collector
             failures.clear()
 
-    def _goes_on(self, call: Call, index: int, failures: list[_Miss]) -> bool:
+    def _goes_on(self, call: Call, index: int, failures: list[Miss]) -> bool:
         """Whether another replica is asked after the last of these failures."""
-        fault, tried = failures[-1].fault, _tried(failures)
-        left = math.inf if call.tries_left is None else call.tries_left
-        if tried >= min(self._rules.attempts, left) or fault.kind is FaultKind.CONTEXT_LENGTH:
+        fault, left = failures[-1].fault, math.inf if call.tries_left is None else call.tries_left
+        if tried(failures) >= min(self._rules.attempts, left) or fault.kind is FaultKind.CONTEXT_LENGTH:
             return False
         return goes_elsewhere(fault, duplicate_ok=self._rules.duplicate_ok or self._routes[index].idempotent)
 
-    def _last_resort(self, call: Call, asked: list[int], failures: list[_Miss]) -> int | None:
+    def _last_resort(self, call: Call, asked: list[int], failures: list[Miss]) -> int | None:
         """No other is left. Whose rate limit is over first gets it after all; else, where all rest, one is probed."""
         full = [(miss.again_at, index) for miss, index in zip(failures, asked, strict=True) if self._waits(miss, index)]
         if full:
             return min(full)[1] if len(set(asked)) == len(asked) else None
-        return None if _tried(failures) else self._chooser.resting(call, asked)
+        return None if tried(failures) else self._chooser.resting(call, asked)
 
-    def _waits(self, miss: _Miss, index: int) -> bool:
+    def _waits(self, miss: Miss, index: int) -> bool:
         """Whether the call may wait there for its turn."""
         return self._patient[index] and (miss.fault.kind is FaultKind.RATE or isinstance(miss.outcome, RateLimited))
 
@@ -193,12 +188,12 @@ class BoundBalancer(Bound):
             return outcome.retry_at
         return math.inf if fault.retry_after_s is None else self.env.clock.monotonic() + fault.retry_after_s
 
-    def _addressed(self, call: Call, index: int, asked: list[int], failures: list[_Miss]) -> Call:
+    def _addressed(self, call: Call, index: int, asked: list[int], failures: list[Miss]) -> Call:
         """The call as this replica gets it: one attempt while another could answer."""
         left, wait, beside = call.tries_left, call.rate_wait_s, None
         if left is not None and failures:
-            left = max(1, left - _tried(failures))
-        if _sent(failures) + 1 < self._rules.attempts and self._chooser.has_well(call.model, asked):
+            left = max(1, left - tried(failures))
+        if sent(failures) + 1 < self._rules.attempts and self._chooser.has_well(call.model, asked):
             left, wait = 1, _RATE_WAIT_S if wait is None else min(wait, _RATE_WAIT_S)
             beside = partial(self._beside, index) if self._hedged[index] else None
         elif failures and index not in asked[:-1]:
@@ -285,31 +280,6 @@ def _nobody(_: Call) -> str | None:
 
 
 _KEYS: dict[str, Callable[[Call], str | None]] = {"agent": _agent, "none": _nobody}
-
-
-def _attempts(failures: Sequence[Failure]) -> tuple[Attempt, ...]:
-    return tuple(attempt for failure in failures for attempt in history(failure))
-
-
-def _verdict(failures: Sequence[_Miss]) -> Reply | Exception:
-    """The last failure that was one; where every replica refused without being asked, the earliest to return."""
-    attempts = _attempts(failures)
-    real = [miss for miss in failures if miss.fault.kind is not FaultKind.REFUSED]
-    outcome: Reply | Exception = (real[-1] if real else min(failures, key=lambda miss: miss.again_at)).outcome
-    if isinstance(outcome, Reply):
-        return after(outcome, attempts)
-    annotate(outcome, attempts)
-    return outcome
-
-
-def _sent(failures: Sequence[Failure]) -> int:
-    """How many replicas got the call."""
-    return sum(failure.fault.kind is not FaultKind.REFUSED for failure in failures)
-
-
-def _tried(failures: Sequence[Failure]) -> int:
-    """How many of them failed; one that says when it has room for the call did not."""
-    return sum(failure.fault.kind not in {FaultKind.REFUSED, FaultKind.RATE} for failure in failures)
 
 
 def _has(handler: Handler, name: str) -> bool:
