@@ -9,7 +9,14 @@ import msgspec
 
 from llmmw.algo.batchmates import HAVE_JOINT_FORM, bisect_budget, joint_call, pieces_of, split_answer, urgency_of
 from llmmw.call import Context, Reply
-from llmmw.errors import AmbiguousOutcome, LLMMWError, ProtocolError
+from llmmw.errors import (
+    AmbiguousOutcome,
+    LLMMWError,
+    ProtocolError,
+    RateLimited,
+    ResponseTooLarge,
+    UpstreamTimeout,
+)
 from llmmw.events import UsageShared
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.attempt import make_attempt
@@ -32,6 +39,10 @@ _numbers = itertools.count(1)
 _ONE_IS_BAD = frozenset({FaultKind.INVALID, FaultKind.CONTEXT_LENGTH, FaultKind.CONTENT_FILTER})
 _NO_SUCH_CALL = frozenset({404, 405, 501})
 _OVERLOADED = 503
+TOO_MUCH_AT_ONCE = (ResponseTooLarge, UpstreamTimeout)
+"""Errors of a joint request that a smaller one may be spared."""
+HELPED_BY_PARTING = (ResponseTooLarge, RateLimited)
+"""Errors that single calls would not have had: together their answers, or their tokens, were more than is allowed."""
 _OF_THE_JOINT_BODY = frozenset({"content-length", "content-encoding", "etag"})
 
 
@@ -206,14 +217,22 @@ class Exchange:
             return
         number = next_number()
         if isinstance(outcome, Exception):
-            for item in items:
-                item.give(_numbered(own_error(outcome) if item is not items[0] else outcome, number))
+            self._failed(outcome, items, number)
         elif outcome.ok:
             self._group_size.accepted(len(items))
             for item, part in zip(items, parts_of(outcome, items, self._env, number), strict=True):
                 item.give(part)
         else:
             self._refused(outcome, items, number)
+
+    def _failed(self, error: Exception, items: Sequence[Item], number: int) -> None:
+        if isinstance(error, TOO_MUCH_AT_ONCE):
+            self._group_size.refused(len(items))
+        if isinstance(error, HELPED_BY_PARTING):
+            self._search.divide(items)
+            return
+        for item in items:
+            item.give(_numbered(own_error(error) if item is not items[0] else error, number))
 
     def _refused(self, refusal: Reply, items: Sequence[Item], number: int) -> None:
         fault = classify(refusal, wall=self._env.clock.wall())

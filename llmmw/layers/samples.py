@@ -17,7 +17,7 @@ from llmmw.endpoints.running import bare_context
 from llmmw.errors import AmbiguousOutcome, Closed
 from llmmw.events import BatchFlushed
 from llmmw.fault import FaultKind, classify
-from llmmw.layers.exchange import Item, ask_for_all, next_number, parts_of
+from llmmw.layers.exchange import HELPED_BY_PARTING, TOO_MUCH_AT_ONCE, Item, ask_for_all, next_number, parts_of
 from llmmw.stream.copies import own_error
 
 if TYPE_CHECKING:
@@ -144,7 +144,12 @@ class Samples:
         urgency = urgency_of(calls)
         outcome = await ask_for_all(self._inner, sampled_call(calls, urgency), urgency, calls, self._env.clock)
         if not isinstance(outcome, Reply):
-            _give_all(items, outcome)
+            if isinstance(outcome, TOO_MUCH_AT_ONCE):
+                self._too_many(items)
+            if isinstance(outcome, HELPED_BY_PARTING):
+                await self._each_alone(items)
+            else:
+                _give_all(items, outcome)
         elif not outcome.ok:
             await self._refused(outcome, items)
         else:
@@ -182,10 +187,14 @@ class Samples:
             return
         if isinstance(outcome, Reply) and outcome.ok:
             if too_many:
-                _remember(self._sizes, place, self._sizes.get(place) or GroupSize(MAX_SAMPLES)).refused(len(items))
+                self._too_many(items)
             else:
                 _remember(self._alone, place, None)
         await self._each_alone(rest)
+
+    def _too_many(self, items: Sequence[Item]) -> None:
+        place = _place(items[0].call)
+        _remember(self._sizes, place, self._sizes.get(place) or GroupSize(MAX_SAMPLES)).refused(len(items))
 
     async def _each_alone(self, items: Sequence[Item]) -> None:
         if items:

@@ -269,6 +269,52 @@ async def test_one_bad_item_fails_alone(clock: ManualClock) -> None:
     assert len(server.calls) <= 1 + 12 + 1
 
 
+@manual_time
+async def test_answers_too_large_together_are_fetched_in_parts(clock: ManualClock) -> None:
+    class Wordy(Server):
+        async def _answer(self, call: Call, number: int) -> Reply:
+            if call.op == "chat_batch" and len(call.payload["messages"]) > 40:
+                raise errors.ResponseTooLarge("the body exceeds 64 MiB")
+            return await super()._answer(call, number)
+
+    server = Wordy(latency_s=0.1)
+    async with client_of(server, clock) as client:
+        assert texts(await client.generate_batch(messages=prompts(128), temperature=1)) == echoes(prompts(128))
+        assert sizes(server) == [128, 64, 64, 32, 32, 32, 32]
+        server.calls.clear()
+        assert texts(await client.generate_batch(messages=prompts(128), temperature=1)) == echoes(prompts(128))
+        assert max(sizes(server)) < 70  # remembered; with each that is answered one more is tried
+
+
+@manual_time
+async def test_what_takes_too_long_together_is_asked_in_smaller_parts_later(clock: ManualClock) -> None:
+    class Slowly(Server):
+        async def _answer(self, call: Call, number: int) -> Reply:
+            await asyncio.sleep(len(call.payload["messages"]) / 10 if call.op == "chat_batch" else 0)
+            return await super()._answer(call, number)
+
+    server = Slowly(latency_s=0)
+    layers = (Retry(attempts=3, backoff=0.001, duplicate_ok=True), Timeout(10))
+    async with client_of(server, clock, *layers) as client:
+        outcomes = await client.generate_batch(messages=prompts(120), temperature=1)
+        assert texts(outcomes) == echoes(prompts(120))
+        assert sizes(server)[0] == 120
+        assert max(sizes(server)[1:]) <= 64
+
+
+@pytest.mark.parametrize("oversize", ["debt", "refuse"])
+def test_a_limit_that_each_call_keeps_refuses_no_batch(oversize: Any) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        server = Server(latency_s=0.1)
+        limiter = RateLimiter(tpm=1000, window=1, concurrency=64, adaptive=False, oversize=oversize)
+        async with client_of(server, clock, limiter) as client:
+            outcomes = await client.generate_batch(messages=prompts(64), temperature=1, max_tokens=20)
+        assert texts(outcomes) == echoes(prompts(64))
+
+    run()
+
+
 @pytest.mark.parametrize("odd", [object(), "lone \ud800", float])
 def test_what_is_no_json_spoils_nobodys_request(odd: object) -> None:
     @manual_time

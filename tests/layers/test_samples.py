@@ -442,6 +442,41 @@ async def test_a_queue_that_takes_one_is_tried_again_with_two_later(clock: Manua
 
 
 @manual_time
+async def test_samples_too_large_together_are_fetched_one_by_one(clock: ManualClock) -> None:
+    upstream = Sampler(latency_s=0.1)
+    upstream._script = [errors.ResponseTooLarge("64 MiB")]
+    engine = engine_of(upstream, clock, MERGING)
+    assert len({reply.text for reply in await asyncio.gather(*ask(engine, agents(8)))}) == 8
+    assert asked(upstream) == [8] + [1] * 8
+    await asyncio.gather(*ask(engine, agents(8)))
+    assert asked(upstream)[9:] == [4, 4]
+    await engine.aclose()
+
+
+@manual_time
+async def test_samples_that_take_too_long_together_are_fewer_later(clock: ManualClock) -> None:
+    upstream = Sampler()
+    upstream._script = [errors.UpstreamTimeout("60 s")]
+    engine = engine_of(upstream, clock, MERGING)
+    outcomes = await asyncio.gather(*ask(engine, agents(8)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.UpstreamTimeout] * 8
+    await asyncio.gather(*ask(engine, agents(8)))
+    assert asked(upstream) == [8, 4, 4]
+    await engine.aclose()
+
+
+@manual_time
+async def test_a_token_limit_that_each_sample_keeps_refuses_none(clock: ManualClock) -> None:
+    upstream = Sampler()
+    limiter = RateLimiter(tpm=100, window=1, oversize="refuse")
+    engine = engine_of(upstream, clock, MERGING, limiter)
+    replies = await asyncio.gather(*ask(engine, agents(8), max_tokens=30))
+    assert len({reply.text for reply in replies}) == 8
+    assert asked(upstream) == [1] * 8
+    await engine.aclose()
+
+
+@manual_time
 async def test_a_lost_request_is_lost_for_everybody(clock: ManualClock) -> None:
     upstream = Sampler()
     upstream._script = [errors.ConnectionFailed("gone")]
