@@ -1,0 +1,178 @@
+"""LiteLLM as an endpoint: one attempt per call, and its exceptions told apart by what happened, not by their names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import litellm
+import mesa_llm.module_llm as upstream
+import msgspec
+from anyio import CapacityLimiter, to_thread
+
+from llmmw import AmbiguousOutcome, ConnectionFailed, UpstreamTimeout
+from llmmw.answer import usage_of
+from llmmw.call import Reply
+from llmmw.endpoints.base import counted
+from llmmw.env import Env
+from llmmw.pool.guard import is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmmw.call import Call
+
+_THREADS = 512
+"""Upper bound on threads for somebody's own `completion`; the stack's concurrency is what is meant to bind."""
+_LITELLM = {"max_retries": 0, "num_retries": 0}
+"""The stack owns retries: neither LiteLLM nor the SDK below it repeats anything."""
+_REFUSED = 400
+ORIGINAL = "_llmmw_original"
+"""Attribute of a function that `install()` put in place of another."""
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What LiteLLM is asked."""
+
+    kwargs: dict[str, Any]
+    plain: bool = False
+    """From plain code: `completion` is meant, where somebody has put their own in its place."""
+    once: bool = False
+    """Exactly one attempt: however it ends, that is the end."""
+
+
+class OnlyTry(Exception):
+    """How an attempt ended that nothing may repeat or send elsewhere: a one-shot call's, or one that nothing heals."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class LiteLLMEndpoint:
+    """Runs `mesa_llm.module_llm.acompletion` (looked up anew for each call) on the engine's loop.
+
+    Args:
+        name: identity of what is asked, without secrets.
+        api_base: where it is, if that is known; a server on this machine may be asked twice without harm.
+    """
+
+    def __init__(self, name: str, api_base: str | None) -> None:
+        self.name = name
+        local = api_base is not None and is_loopback(urlsplit(api_base).hostname or "")
+        self.capabilities: frozenset[str] = frozenset({"idempotent"}) if local else frozenset()
+        self._env = Env()
+        self._threads: CapacityLimiter | None = None
+
+    def start(self, env: Env) -> None:
+        """The engine's env."""
+        self._env = env
+
+    async def __call__(self, call: Call, /) -> Reply:
+        """Make one attempt; a refusal is a Reply with LiteLLM's exception as `native`."""
+        return await counted(self._env, self.name, call, self._work)
+
+    async def _work(self, call: Call) -> Reply:
+        question: Question = call.native
+        try:
+            answer = await self._ask(question)
+        except Exception as error:
+            if question.once:
+                raise OnlyTry(error) from error
+            return told(error)
+        return reply_of(answer)
+
+    async def _ask(self, question: Question) -> Any:
+        ask, ask_plain = _original(upstream.acompletion), _original(upstream.completion)
+        if question.plain and ask_plain is not litellm.completion:
+            if self._threads is None:
+                self._threads = CapacityLimiter(_THREADS)
+            return await to_thread.run_sync(lambda: ask_plain(**question.kwargs), limiter=self._threads)
+        own = _LITELLM if ask is litellm.acompletion else {}  # somebody else's function may not know them
+        return await ask(**question.kwargs, **own)
+
+    def rehome(self) -> None:
+        """The capacity limiter belongs to a loop."""
+        self._threads = None
+
+    async def aclose(self) -> None:
+        """LiteLLM's clients are LiteLLM's; there is one per loop, and this engine has one loop."""
+
+    def __repr__(self) -> str:
+        return f"LiteLLMEndpoint({self.name!r})"
+
+
+def _original(function: Any) -> Any:
+    return getattr(function, ORIGINAL, function)
+
+
+def reply_of(answer: Any) -> Reply:
+    """An answer of LiteLLM's: its JSON is what is stored, and every hit gets an object of its own from it."""
+    try:
+        data = answer.model_dump_json().encode()
+    except (AttributeError, TypeError, ValueError):
+        return Reply(native=answer)  # a stand-in in somebody's tests
+    if not isinstance(answer, litellm.ModelResponse):
+        return Reply(native=answer)
+    return Reply(data=data, native=answer, usage=usage_of(msgspec.json.decode(data)))
+
+
+def answer_of(reply: Reply) -> Any:
+    """The caller's own object: nobody else's changes show in it."""
+    if reply.data is None or (reply.source == "upstream" and reply.native is not None):
+        return reply.native
+    return litellm.ModelResponse(**msgspec.json.decode(reply.data))
+
+
+def told(error: Exception) -> Reply:
+    """A refusal as a Reply.
+
+    LiteLLM calls every error that speaks of "rate_limit" a RateLimitError, a missing package a connection error, and
+    gives both a status of its own making; what the server said is in the exception that it was made from.
+
+    Raises:
+        LLMMWError: nothing was refused: the connection failed or timed out; LiteLLM's exception is its cause.
+        OnlyTry: a package is missing.
+        Exception: the error itself, where it is none of these.
+    """
+    if any(isinstance(found, ImportError) for found in _chain(error)) or "No module named" in str(error):
+        raise OnlyTry(error) from error
+    status = next((found for found in map(_server_said, _chain(error)) if found is not None), None)
+    if status is None:
+        names = {type(found).__name__ for found in _chain(error)}
+        if names & {"ConnectTimeout", "ConnectError", "ConnectionRefusedError", "ClientConnectorError"}:
+            raise ConnectionFailed(f"no connection ({type(error).__name__})") from error
+        if isinstance(error, litellm.Timeout):
+            raise UpstreamTimeout(f"no answer in time ({type(error).__name__})") from error
+        if isinstance(error, litellm.APIConnectionError):
+            raise AmbiguousOutcome(f"the connection broke ({type(error).__name__})") from error
+        status = getattr(error, "status_code", None)
+    if not isinstance(status, int) or status < _REFUSED:
+        raise error
+    body = {"error": {"message": str(getattr(error, "message", error)), "code": getattr(error, "code", None)}}
+    return Reply(data=msgspec.json.encode(body, enc_hook=str), status=status, headers=_headers(error), native=error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was made from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _server_said(error: BaseException) -> int | None:
+    """The status that a server gave, as its SDK's exception tells it; LiteLLM's own classes make theirs up."""
+    if type(error).__module__.partition(".")[0] == "litellm" and not type(error).__name__.endswith("HandlerError"):
+        return None
+    status = getattr(error, "status_code", None)
+    return status if isinstance(status, int) and getattr(error, "response", None) is not None else None
+
+
+def _headers(error: Exception) -> tuple[tuple[str, str], ...]:
+    for found in _chain(error):
+        headers = getattr(getattr(found, "response", None), "headers", None)
+        if headers:
+            return tuple((str(name).lower(), str(value)) for name, value in headers.items())
+    return ()
