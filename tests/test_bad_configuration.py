@@ -197,6 +197,10 @@ def make_endpoint(**options):
     return HTTPEndpoint(**{"base_url": URL, **options})
 
 
+def make_vllm_endpoint(**options):
+    return llmmw.VLLMEndpoint(**{"base_url": URL, **options})
+
+
 def wrap_client(**options):
     return llmmw.wrap_client(openai.AsyncOpenAI(base_url=URL, api_key="k"), **{"stack": stack(), **options})
 
@@ -247,6 +251,8 @@ MAKERS = {
     make_sync_client: CLIENT,
     make_endpoint: {name: CLIENT[name] for name in ("api_key", "headers", "pool", "allow_hosts")}
     | {"key_header": TEXT, "duplicate_ok": (0, "no", NOTHING)},
+    make_vllm_endpoint: {name: CLIENT[name] for name in ("api_key", "headers", "pool", "allow_hosts")}
+    | {"cache_salt": (7, "", "short", b"x", NOTHING), "load_interval": DURATION, "duplicate_ok": (0, "no", NOTHING)},
     llmmw.httpx_client: TRANSPORT,
     llmmw.httpx2_client: TRANSPORT,
     llmmw.httpx_sync_client: TRANSPORT,
@@ -354,7 +360,9 @@ def test_an_argument_that_cannot_work_is_refused(make, option, value):
         assert has_value(message, value), message
 
 
-@pytest.mark.parametrize("make", [make_client, make_sync_client, make_endpoint], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [make_client, make_sync_client, make_endpoint, make_vllm_endpoint], ids=lambda make: make.__name__
+)
 @pytest.mark.parametrize("value", URLS, ids=shown)
 def test_a_base_url_that_cannot_work_is_refused_without_being_shown(make, value):
     message = refusal(make, base_url=value)
