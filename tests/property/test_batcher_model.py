@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from llmmw.layers.batch import BoundBatcher
 
-MODES = ("ok", "ok", "ok", "bad item", "overloaded", "lost", "no batches", "wrong answer", "unreadable", "cancelled")
+MODES = ("ok", "ok", "ok", "bad item", "overloaded", "lost", "no batches", "wrong answer", "unreadable", "cancelled",
+         "too large")  # fmt: skip
 KINDS = ("red", "green")
 
 
@@ -58,6 +59,8 @@ class Upstream:
             raise errors.ConnectionFailed("lost")
         if mode == "cancelled":
             raise asyncio.CancelledError
+        if mode == "too large" and call.op == "chat_batch":
+            raise errors.ResponseTooLarge("all of them together")
         if mode == "no batches" and call.op == "chat_batch":
             return Reply(data=b'{"detail":"Not Found"}', status=404)
         if any("bad" in prompt for prompt in prompts):
