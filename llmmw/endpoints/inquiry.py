@@ -167,13 +167,13 @@ class Inquiry:
         """
         return await self._at_home(lambda: asyncio.shield(self._begin()))
 
-    async def get(self, path: str, limit_s: float = _LIMIT_S) -> tuple[int, bytes]:
+    async def get(self, path: str, limit_s: float | None = None) -> tuple[int, bytes]:
         """Status and body of a path below the server's root.
 
         Raises:
             UpstreamError: no answer in time.
         """
-        return await self._at_home(lambda: self._get(path, limit_s))
+        return await self._at_home(lambda: self._get(path, _LIMIT_S if limit_s is None else limit_s))
 
     def _settle(self, here: asyncio.AbstractEventLoop) -> None:
         self._loop, self._pid = here, os.getpid()
@@ -199,18 +199,26 @@ class Inquiry:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     async def _get(self, path: str, limit_s: float) -> tuple[int, bytes]:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._answer(path)
+        except TimeoutError:
+            pass  # and told below, where it is no context of the error: its frames hold the same
+        except UpstreamError as error:
+            # Raised anew from here, for the frames below hold the request with its key.
+            raise bare(error)  # noqa: B904 — it is the same error
+        raise UpstreamTimeout(f"the server did not answer GET {path} within {limit_s:g} s")
+
+    async def _answer(self, path: str) -> tuple[int, bytes]:
         if self._pool is None:
             self._pool = self._settings.open(Env(clock=self._clock), allow_hosts=self._allow_hosts)
         request = HTTPRequest("GET", url_of(self._root, path), self._headers, max_bytes=_MAX_BYTES)
         try:
-            async with asyncio.timeout(limit_s):
-                response = await self._pool.request(request, duplicate_ok=True)
-                return response.status, await response.body.read()
-        except TimeoutError:
-            raise UpstreamTimeout(f"the server did not answer GET {path} within {limit_s:g} s") from None
+            response = await self._pool.request(request, duplicate_ok=True)
+            return response.status, await response.body.read()
         except UpstreamError as error:
             error.args = (self._secrets_of(request).hide(error.message),)
-            raise bare(error)  # noqa: B904 — it is the same error, without the frames that hold the key
+            raise
 
     async def _at_home(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Run it on the loop that the connections belong to, whichever loop asks."""

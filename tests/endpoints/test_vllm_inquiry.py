@@ -20,10 +20,12 @@ from llmmw.env import Env
 from llmmw.errors import ConfigError, ConnectionFailed, StatusError, UpstreamError, UpstreamTimeout
 from llmmw.events import ConnectionOpened
 from llmmw.pool import ConnectionPool
+from llmmw.pool.response import Response
 from llmmw.testing.clock import ManualClock
 from llmmw.testing.fake import chat_body, chat_call
 from llmmw.testing.rawserver import RawServer, answer_bytes, hang_up
 from llmmw.testing.server import ServerConfig, running_server
+from llmmw.wire import HTTPRequest
 
 MODEL = "llmmw-embedded"
 MODELS = {"data": [{"id": "big", "max_model_len": 4096}, {"id": "lora", "max_model_len": None, "parent": "big"}]}
@@ -201,6 +203,38 @@ async def test_who_asks_hears_why_not():
             await at.endpoint.discover()
         assert "sk-very" not in repr(caught.value)
         assert server.requests[0].headers["authorization"] == "Bearer sk-very"
+
+
+async def half(_request, writer):
+    writer.write(answer_bytes(200, b"x", content_length="9"))
+    writer.close()
+
+
+def held_by(error):
+    """What the frames of an error and of what led to it hold: error trackers send that."""
+    found = []
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None:
+            found += frame.tb_frame.f_locals.values()
+            frame = frame.tb_next
+        error = error.__cause__ or error.__context__
+    return found
+
+
+@pytest.mark.parametrize("page", [hang_up(), never, half, told({}, 503)])
+async def test_an_error_that_is_kept_holds_no_request_with_its_key(page, monkeypatch):
+    monkeypatch.setattr(inquiry, "_LIMIT_S", 0.05 if page is never else 10.0)
+    async with Server(__v1__models=page, __metrics=page) as server, Opened(server, api_key="sk-very") as at:
+        for ask in (at.endpoint.discover, at.endpoint.read_load):
+            try:
+                await ask()
+            except UpstreamError as error:
+                held = held_by(error)
+                assert not [value for value in held if isinstance(value, HTTPRequest | Response)]
+            else:
+                assert ask == at.endpoint.read_load
+                assert page == told({}, 503)
 
 
 async def test_a_server_that_says_nothing_is_not_waited_for_for_ever(monkeypatch):
