@@ -105,6 +105,10 @@ class World:
         call = self.llmmw.Call(op, "tiny", {"model": "tiny", **payload}, target=self.engine.name)
         return await self.client.engine.call(call)
 
+    async def tokens(self, text):
+        reply = await self.post("complete", {"prompt": text, "max_tokens": 1, "return_token_ids": True})
+        return reply.body["choices"][0]["prompt_token_ids"]
+
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,8 +131,7 @@ async def case_completions_of_text_of_tokens_and_of_lists(world):
     choices = sorted(listed.body["choices"], key=lambda choice: choice["index"])
     assert [choice["index"] for choice in choices] == [0, 1]
     assert choices[0]["text"] == text.text
-    tokens = await world.post("/tokenize", {"prompt": "hello there"})
-    ids = tokens.body["tokens"]
+    ids = await world.tokens("hello there")
     by_ids = await world.post("complete", {"prompt": ids, "max_tokens": 8, "temperature": 0})
     assert by_ids.text == text.text
 
@@ -189,7 +192,7 @@ async def case_sampling_fields_reach_the_engine(world):
     assert stopped.text == plain[: plain.index(plain[4])]
     assert stopped.body["choices"][0]["finish_reason"] == "stop"
     assert (await ask("dice", temperature=0, max_completion_tokens=2)).usage.output_tokens == 2
-    allowed = (await world.post("/tokenize", {"prompt": "a"})).body["tokens"][-1:]
+    allowed = (await world.tokens("a"))[-1:]
     reply = await ask("dice", temperature=0, max_tokens=4, extra_body={"allowed_token_ids": allowed, "min_tokens": 4})
     assert len(set(reply.text)) == 1, reply.text
 
