@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmmw.algo.balance import BalanceRules
 from llmmw.call import Reply
-from llmmw.errors import CircuitOpen, ConfigError, RateLimited, Refused
+from llmmw.errors import ConfigError, RateLimited, Refused
 from llmmw.events import Rerouted
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
 from llmmw.layers.attempt import at_delivered_end, begun, failure_of
@@ -55,7 +55,8 @@ class Balancer(Positioned):
     another server may not share is made again at another replica, at once, as an ErrorRouter would at a fallback; the
     last replica asked repeats as a Retry inside allows. Fallbacks follow when no replica answers.
 
-    To the cache the replicas are one server: the same question to either is the same question.
+    To the cache the replicas are one server: the same question to either is the same question. A Batcher gathers for
+    each replica by itself, so its `barrier` would wait in vain for agents who are elsewhere: end steps with `tick()`.
 
     Args:
         affinity: "agent", "none", or a function from a `Call` to a text (or None): calls of one text have one home.
@@ -238,8 +239,8 @@ class BoundBalancer(Bound):
     def _learn(self, index: int, model: str, outcome: object, fault: Fault) -> None:
         if fault.kind in _HURTS and not fault.local:
             self._chooser.failed(index, model)
-        elif isinstance(outcome, CircuitOpen):
-            self._chooser.looked_at(index, model)
+        elif isinstance(outcome, Refused) and not getattr(outcome, "sent", False):
+            self._chooser.refused(index, model)
 
     async def _beside(self, index: int, call: Call) -> Reply:
         """A second request for what this replica is slow to answer, at another one."""

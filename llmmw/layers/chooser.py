@@ -130,10 +130,14 @@ class Chooser:
         """The replica did not answer as it should."""
         self._failures[index] += 1
         self._balance.failed(index, self._env.clock.monotonic())
-        self.looked_at(index, model)
+        self._look_at(index, model)
 
-    def looked_at(self, index: int, model: str) -> None:
-        """Its circuit may have changed."""
+    def refused(self, index: int, model: str) -> None:
+        """The call was not sent there, by a circuit or a limit of our own."""
+        self._requests[index] -= 1
+        self._look_at(index, model)
+
+    def _look_at(self, index: int, model: str) -> None:
         if self.is_resting(index, model):
             if (index, model) not in self._sick:
                 self._ejections[index] += 1

@@ -384,6 +384,23 @@ async def test_a_fallback_may_have_replicas_of_its_own(clock: ManualClock) -> No
 
 
 @manual_time
+async def test_two_groups_of_replicas_are_told_apart_in_the_statistics(clock: ManualClock) -> None:
+    upstreams = servers(4)
+    for upstream in upstreams[:2]:
+        upstream.fails = lambda: REFUSED("down")
+    stack = Stack(ErrorRouter(fallbacks=[upstreams[2:]]), Balancer(), CircuitBreaker(consecutive=2))
+    async with stack.bind(upstreams[:2], env=Env(clock=clock, seed=1)) as engine:
+        for number in range(12):
+            assert (await engine.call(by(f"agent {number}"))).fallback
+        layers = engine.get_performance_stats()["layers"]
+        assert layers["breaker"]["not_closed"] == 2
+        sent = {name: told["requests"] for name, told in layers["balance"]["replicas"].items()}
+        assert sent == {
+            upstream.name: len(upstream.calls) for upstream in upstreams
+        }  # what is refused here is not sent
+
+
+@manual_time
 async def test_a_prompt_too_long_for_one_is_too_long_for_all_and_goes_to_the_larger_fallback(
     clock: ManualClock,
 ) -> None:
