@@ -247,6 +247,9 @@ class BoundBalancer(Bound):
         other = self._chooser.next(call, None, (index,))
         other = index if other is None else other
         outcome = await self._ask(other, call.replace(target=self._routes[other].name, tries_left=1, beside=None))
+        fault = None if isinstance(outcome, Reply) and outcome.ok else classify(outcome, wall=self.env.clock.wall())
+        if fault is not None:
+            self._learn(other, call.model, outcome, fault)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -733,6 +733,8 @@ async def test_a_hedge_stays_where_no_other_is_well_and_its_failure_is_told(cloc
                 upstream.fails = lambda: REFUSED("down")
         reply = await engine.call(by("alice", "slow", temperature=0))
         assert (reply.endpoint, reply.ok) == (own.name, True)
+        assert sorted(each["failures"] for each in figures(engine)) == [0, 0, 1]
+        assert [each["in_flight"] for each in figures(engine)] == [0, 0, 0]
 
 
 # ── one server to the cache ─────────────────────────────────────────────────────────────────────────────────────────
