@@ -14,6 +14,8 @@ _CELLS = 1024
 MAX_BURST = 50
 """Providers' burst allowances do not grow with the limit (60 RPM may be enforced as 1/s; 12,000 RPM as 200/s)."""
 
+_STEADY_SHARE = 0.98
+
 
 class Cell:
     """Units spent at (nearly) one moment; handed back when the reservation is settled."""
@@ -131,6 +133,15 @@ def leak_time(limit: int, burst: int, window: float) -> float:
     limit + 1, so at most limit.
     """
     return burst * window / (limit + 1 - burst)
+
+
+def steady_time(limit: int, burst: int, window: float) -> float:
+    """Seconds in which a bucket of `burst` leaks empty where a `Ledger` keeps the limit as well.
+
+    A burst of a twelfth is a twelfth of the throughput in `leak_time`. The ledger lets no window exceed the limit, so
+    the bucket need not; it leaves 2 % of it free, for requests that take longer to the server than those behind.
+    """
+    return burst * window / max(limit + 1 - burst, _STEADY_SHARE * limit)
 
 
 def prefill(record: Iterable[tuple[float, int]], limit: int, burst: int, window: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aiolimiter import AsyncLimiter
 
-from llmmw.algo.bucket import burst_of, leak_time, prefill
+from llmmw.algo.bucket import burst_of, prefill, steady_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ class Units:
         limit, window = self._record.limit, self._record.window
         self._burst = burst = burst_of(limit, self._asked_burst)
         self._credit = 0
-        self._limiter = limiter = AsyncLimiter(burst, leak_time(limit, burst, window))
+        self._limiter = limiter = AsyncLimiter(burst, steady_time(limit, burst, window))
         level = prefill(self._record.record(self._clock()), limit, burst, window)
         if level > 0:
             _acquire(limiter, level)

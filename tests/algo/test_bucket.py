@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmw.algo.bucket import Ledger, burst_of, leak_time, prefill
+from llmmw.algo.bucket import Ledger, burst_of, leak_time, prefill, steady_time
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -82,6 +82,14 @@ def test_others_use_counts_until_the_reset_and_not_what_started_later():
 )
 def test_burst_is_a_twelfth_and_at_most_fifty(limit, asked, expected):
     assert burst_of(limit, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "burst", "share"),
+    [(60, 5, 0.98), (50, 4, 0.98), (1, 1, 1.0), (600, 600, 0.98), (12_000, 50, 11_951 / 12_000)],
+)
+def test_beside_a_ledger_the_bucket_leaves_little_of_the_limit_free(limit, burst, share):
+    assert burst / steady_time(limit, burst, 1.0) == pytest.approx(share * limit)
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)

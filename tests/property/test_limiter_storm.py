@@ -113,6 +113,16 @@ def test_a_limit_that_was_told_is_never_exceeded(latency_s):
     assert wall <= 1.1 * 4.75 + latency_s
 
 
+@pytest.mark.parametrize("kind", ["bucket", "sliding"])
+@pytest.mark.parametrize(("n", "window"), [(50, 0.25), (60, 60.0), (600, 60.0), (5, 3.0)])
+def test_a_limit_that_was_told_is_used_nearly_whole(kind, n, window):
+    server = {"kind": kind, "n": n, "window": window, "burst": n, "latency_s": 0.05, "told": "seconds"}
+    calls = 20 * n
+    cost, wall, failed, _ = storm(calls, server, rpm=n, window=window)
+    assert (cost, failed) == (1.0, 0)
+    assert wall <= 1.1 * (calls - n) * window / n + 0.05
+
+
 @pytest.mark.parametrize(
     ("n", "window", "burst"),
     [(10, 60.0, 1), (50, 60.0, 12), (3, 1.0, 1), (50, 3.0, 1), (10, 10.0, 10)],
