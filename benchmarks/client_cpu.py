@@ -250,11 +250,11 @@ async def measure(ask: Ask, prompts: Iterator[str], concurrency: int, calls: int
     return {"cpu_s": cpu / calls, "p50_s": statistics.median(walls), "calls_per_s": calls / wall}
 
 
-async def crowd(ask: Callable[[int], Awaitable[object]], calls: int) -> tuple[int, float]:
-    """Failures and seconds of calls 0, 1, 2 ... made all at once."""
+async def crowd(ask: Callable[[int], Awaitable[object]], calls: int) -> tuple[list[BaseException], float]:
+    """What failed, and the seconds it took, of calls 0, 1, 2 ... made all at once."""
     began = time.perf_counter()
     found = await asyncio.gather(*(ask(number) for number in range(calls)), return_exceptions=True)
-    return sum(isinstance(one, BaseException) for one in found), time.perf_counter() - began
+    return [one for one in found if isinstance(one, BaseException)], time.perf_counter() - began
 
 
 def _serve(name: str, url: str) -> None:

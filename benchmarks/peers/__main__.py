@@ -137,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found.add(lab.sizes(sizes) if name == SIZE else ROWS[name](lab))
                 found.probes |= lab.probes
                 found.write(options.json, progress)
+        except KeyboardInterrupt:
+            progress("interrupted: what there is")
+            found.add([row for row in lab.begun if row.measured])
         finally:
             lab.close()
     found.outside |= lab.outside

@@ -45,6 +45,7 @@ LIMIT_S = 180.0
 """The longest that one answer of a way may take."""
 MOST_STORED = 128
 """Calls per repeat where each must have been stored on disk before: some peers wait for the disk at every write."""
+_FAILED = "failed: "
 _INSIDE = "from peers.guard import stay_inside\nstay_inside()\n"
 
 
@@ -117,6 +118,8 @@ class Lab:
         self.progress = progress
         self.outside: dict[str, list[str]] = {}
         self.probes: dict[str, dict[str, str]] = {}
+        self.begun: list[Row] = []
+        """All rows, also those of a measurement that was interrupted."""
         self._scratch = scratch
         self._ways: dict[str, Way] = {}
 
@@ -139,10 +142,12 @@ class Lab:
 
     def rows(self, section: str, unit: Any, floor: str = "") -> dict[str, Row]:
         """An empty row for each way."""
-        return {
+        made = {
             entry.way: Row(section, entry.way, unit, floor="" if entry.way == floor else floor, ours=entry.peer.ours)
             for entry in self.entries
         }
+        self.begun += made.values()
+        return made
 
     # ── costs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -156,7 +161,7 @@ class Lab:
                 self.progress(f"{section}: repeat {repeat + 1} of {self.scale.repeats}")
                 for entry in in_turn(self.entries, repeat):
                     row = rows[entry.way]
-                    if row.skipped:
+                    if _hopeless(row):
                         continue
                     with _telling([row]):
                         server.reset()
@@ -188,7 +193,7 @@ class Lab:
                         calls = max(level, self.scale.calls)
                         for entry in in_turn(ready, repeat):
                             row = rows[level][entry.way]
-                            if row.skipped:
+                            if _hopeless(row):
                                 continue
                             with _telling([row]):
                                 found = self.way(entry).do("load", concurrency=level, calls=calls)
@@ -223,7 +228,7 @@ class Lab:
                     way.do("open", **way.job("stampede", server.base_url, at_once=self.scale.crowd))
                     found = way.do("crowd", calls=self.scale.crowd, identical=True)
                     if found["failed"] == self.scale.crowd:
-                        raise CannotError("every call failed")
+                        raise CannotError(f"every call failed: {found['why']}")
                     row.values.append(float(server.stats(0)["received"]))
         return list(rows.values())
 
@@ -241,7 +246,7 @@ class Lab:
             for repeat in range(self.scale.storm_repeats):
                 for entry in in_turn(self.entries, repeat):
                     own = [rows[entry.way] for rows in (failed, asked, wall)]
-                    if own[0].skipped:
+                    if _hopeless(own[0]):
                         continue
                     with _telling(own):
                         server.reset()
@@ -255,7 +260,7 @@ class Lab:
                         own[2].values.append(found["wall_s"] / ideal_s)
                         if found["failed"]:
                             own[2].skipped = "calls failed"
-                        self.progress(f"{title}: {entry.way}: {_last(own)}")
+                        self.progress(f"{title}: {entry.way}: {_last(own)} {found['why']}")
         for row in wall.values():
             if row.skipped == "calls failed":  # whoever gives up is soon done
                 row.values.clear()
@@ -287,7 +292,7 @@ class Lab:
             bare_s, bare_mb = import_cost(_INSIDE, sys.executable, environment)
             for entry in in_turn(self.entries, repeat):
                 own = [cpu[entry.way], memory[entry.way]]
-                if own[0].skipped:
+                if _hopeless(own[0]):
                     continue
                 with _telling(own):
                     took_s, megabytes = import_cost(
@@ -306,7 +311,7 @@ class Lab:
                 self.progress(f"first answers: repeat {repeat + 1} of {self.scale.repeats}")
                 for entry in in_turn(self.entries, repeat):
                     own = [cpu[entry.way], memory[entry.way]]
-                    if own[0].skipped:
+                    if _hopeless(own[0]):
                         continue
                     way = Way(entry, self.environments.python(entry.peer), self._scratch)  # a fresh one
                     with _telling(own), contextlib.closing(way):
@@ -348,9 +353,17 @@ def _telling(rows: Sequence[Row]) -> Generator[None]:
     """Whatever keeps a measurement from working is said in its rows."""
     try:
         yield
-    except (CannotError, RuntimeError) as error:
+    except CannotError as error:
         for row in rows:
-            row.skipped = " ".join(str(error).split())[:120]
+            row.skipped = str(error)
+    except RuntimeError as error:
+        for row in rows:
+            row.skipped = f"{_FAILED}{' '.join(str(error).split())}"[:120]
+
+
+def _hopeless(row: Row) -> bool:
+    """Whether another repeat would find nothing either; what failed may have met a busy machine."""
+    return bool(row.skipped) and not row.skipped.startswith(_FAILED)
 
 
 def _stored(purpose: str, calls: int) -> int:

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,7 +95,9 @@ class Worker:
         failed, wall_s = self._runner.run(
             crowd(lambda number: self._ask("the same" if identical else f"question {number}"), calls)
         )
-        return {"failed": failed, "wall_s": wall_s}
+        kinds = Counter(f"{type(error).__name__}: {error}"[:100] for error in failed)
+        why = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(2))
+        return {"failed": len(failed), "wall_s": wall_s, "why": why}
 
     def ask(self, prompt: str, changes: dict[str, Any]) -> dict[str, Any]:
         """One call."""

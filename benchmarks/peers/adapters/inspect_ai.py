@@ -24,7 +24,7 @@ async def model(job: Job) -> AsyncGenerator[Ask]:
     """get_model("openai-api/peer/m", base_url=...).generate(messages, cache=True); its cache is files of pickles, in
     INSPECT_CACHE_DIR; max_connections as many as calls, in storms its own adaptive connections; retries without end, as
     they come."""
-    if job.purpose in {"memory", "stampede", "miss"} and job.purpose != "stampede":
+    if job.purpose in {"memory", "miss"}:
         raise CannotError("no cache in memory")
     if job.purpose == "told":
         raise CannotError("no rate limit to set")

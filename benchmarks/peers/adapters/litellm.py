@@ -40,8 +40,8 @@ def _changed(changes: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 @asynccontextmanager
 async def alone(job: Job) -> AsyncGenerator[Ask]:
-    """litellm.acompletion("openai/m", api_base=...); litellm.cache = Cache(type="local" or "disk"); num_retries=20 in
-    storms (its default is the SDK's 2)."""
+    """litellm.acompletion("openai/m", api_base=...), a model that its price list does not know, as a local server's is;
+    litellm.cache = Cache(type="local" or "disk"); num_retries=20 in storms (its default is the SDK's 2)."""
     if job.purpose == "told":
         raise CannotError("no rate limit that waits")
     litellm = _package(job)
