@@ -11,8 +11,8 @@ _CUT = 0.7
 429s come from a per-minute quota, where fewer calls at once change nothing."""
 _ROOM = 8
 """An eighth of the limit, at least 2, may wait in the server's queue: enough to fill the places that come free in one
-step of its engine. The limit moves by at most as much at a time, so no step leads past the band between an empty queue
-and a full one, and the limit comes to rest there."""
+step of its engine. The limit moves by at most as much at a time (by a quarter, where half of all calls wait), so no
+step leads past the band between an empty queue and a full one, and the limit comes to rest there."""
 _GAP_S = 0.05
 """Calls that end in one step of the engine all tell of the same queue: it moves the limit once."""
 _HOLD = 64
@@ -87,7 +87,8 @@ class Aimd:
         if not waiting and in_use >= limit:
             self._limit = min(self._limit + room, float(self.ceiling))
         elif waiting > room and limit <= 2 * in_use and in_use <= limit:
-            lowered = limit - min(waiting - room, room)
+            step = min(waiting - room, room)
+            lowered = limit - (max(step, limit // 4) if waiting > limit / 2 else step)
             self._limit = float(max(lowered, min(limit, self._least)))
         if self.limit != limit:
             self._moved_at = now

@@ -121,10 +121,20 @@ def test_an_empty_queue_lets_more_through_only_where_every_slot_is_taken():
 def test_each_cut_waits_until_the_last_one_has_taken_effect():
     aimd = Aimd(4, 64, 64)
     for in_use in range(64, 56, -1):
-        aimd.queued(50, in_use, now=64 - in_use)
+        aimd.queued(30, in_use, now=64 - in_use)
     assert aimd.limit == 56
-    aimd.queued(50, in_use=56, now=8.0)
+    aimd.queued(25, in_use=56, now=8.0)
     assert aimd.limit == 49
+
+
+def test_where_half_of_the_calls_wait_it_falls_by_a_quarter():
+    aimd = Aimd(8, 256, 512)
+    passed = [256]
+    while aimd.limit > 18:
+        aimd.queued(aimd.limit - 16, in_use=aimd.limit, now=len(passed))
+        passed.append(aimd.limit)
+    assert passed[:3] == [256, 192, 144]
+    assert len(passed) <= 13
 
 
 def test_answers_of_one_moment_move_it_once():
@@ -132,7 +142,7 @@ def test_answers_of_one_moment_move_it_once():
     for n in range(50):
         down.queued(50, in_use=down.limit, now=n / 1000)
         up.queued(0, in_use=up.limit, now=n / 1000)
-    assert (down.limit, up.limit) == (56, 72)
+    assert (down.limit, up.limit) == (48, 72)
 
 
 def test_a_queue_of_others_calls_changes_nothing():
@@ -142,7 +152,7 @@ def test_a_queue_of_others_calls_changes_nothing():
     aimd.queued(500, in_use=31, now=next(clock))
     assert aimd.limit == 64
     aimd.queued(500, in_use=32, now=next(clock))
-    assert aimd.limit == 56
+    assert aimd.limit == 48
 
 
 def test_whoever_never_yields_leaves_the_floor_or_an_eighth():

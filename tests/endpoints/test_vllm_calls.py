@@ -278,6 +278,15 @@ async def test_now_and_then_an_answer_tells_of_the_servers_queue(server):
     await endpoint.aclose()
 
 
+async def test_of_a_burst_one_call_in_32_asks(server):
+    endpoint = VLLMEndpoint(server.base_url)
+    endpoint.start(Env(clock=ManualClock()))
+    for _ in range(100):
+        await endpoint(chat())
+    assert [n for n, asked in enumerate(asks(server)) if asked] == [0, 32, 64, 96]
+    await endpoint.aclose()
+
+
 async def test_headers_of_a_call_and_the_question_for_the_load_go_together(server):
     endpoint = VLLMEndpoint(server.base_url, load_interval=0)
     reply = await endpoint(chat().replace(native=(("x-mine", "1"),), target=endpoint.name))
