@@ -121,22 +121,19 @@ def undo_half_steps(agent: Any) -> None:
     memory = getattr(agent, "memory", None)
     if memory is None:
         return
-    content: dict[str, Any] = {}
+    staged: list[dict[str, Any]] = []
     entries = getattr(memory, "short_term_memory", None)
-    if entries and getattr(entries[-1], "step", 0) is None:
-        content = entries.pop().content
-    staged = getattr(memory, "_current_step_entry", None)
-    if staged is not None:
-        content = staged.content
+    while entries and getattr(entries[-1], "step", 0) is None:  # several, where one step calls another (0.2)
+        staged.insert(0, entries.pop().content)
+    current_entry = getattr(memory, "_current_step_entry", None)
+    if current_entry is not None:
+        staged.append(current_entry.content)
         memory._current_step_entry = None  # noqa: SLF001 — Mesa-LLM has no public name for it
-    if not content:
+    current = getattr(memory, "step_content", None)
+    if not staged or not isinstance(current, dict):
         return
     # What others said is kept for the next step; what the agent saw and planned in this one is not.
-    heard = content.get("message")
-    current = getattr(memory, "step_content", None)
-    if isinstance(current, dict):
-        said = current.get("message")
-        current.clear()
-        both = [part for found in (heard, said) if found for part in (found if isinstance(found, list) else [found])]
-        if both:
-            current["message"] = both
+    heard = [found["message"] for found in (*staged, current) if found.get("message")]
+    current.clear()
+    if heard:
+        current["message"] = [part for found in heard for part in (found if isinstance(found, list) else [found])]
