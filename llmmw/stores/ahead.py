@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmmw.env import Clock
     from llmmw.stores.entry import Entry
 
-_FIRST, _MOST = 4, 64
+_FIRST, _MOST = 8, 128
 """Rows taken along, twice as many each time."""
 MAX_VALUE_BYTES = 16 * 1024
 """A longer answer is read when it is asked for."""

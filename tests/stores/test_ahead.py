@@ -47,7 +47,7 @@ def test_more_is_taken_along_each_time_while_reads_go_on_in_order():
         counts.append(ahead.wanted(row, 0.0))
         ahead.fill((row + 1 + index, key(row), entry()) for index in range(counts[-1]))
         row += counts[-1] + 1
-    assert counts == [0, 4, 8, 16, 32, 64, 64, 64]
+    assert counts == [0, 8, 16, 32, 64, 128, 128, 128]
 
 
 def test_nothing_is_taken_along_out_of_order_or_from_a_slow_disk():
@@ -55,11 +55,11 @@ def test_nothing_is_taken_along_out_of_order_or_from_a_slow_disk():
     rng = random.Random(5)
     assert sum(ahead.wanted(rng.randrange(10**9), 0.0) for _ in range(1_000)) == 0
     ahead.wanted(1_000, 0.0)
-    assert ahead.wanted(1_010, 0.0) == 4
+    assert ahead.wanted(1_010, 0.0) == 8
     assert ahead.wanted(1_005, 0.0) == 0  # stored together with those, and read before
-    assert ahead.wanted(1_020, 0.0) == 8
+    assert ahead.wanted(1_020, 0.0) == 16
     assert ahead.wanted(1_021, 0.1) == 0
-    assert ahead.wanted(1_022, 0.0) == 4
+    assert ahead.wanted(1_022, 0.0) == 8
 
 
 def test_what_is_taken_along_is_kept_for_a_second_and_given_once():
