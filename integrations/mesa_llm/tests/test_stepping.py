@@ -89,9 +89,10 @@ def test_mesa_01_a_cap_steps_everybody_every_time():
     assert [agent.steps for agent in agents] == [3] * 20
 
 
-class Failing(Thinker):
+class Failing(Questioner):
     async def astep(self):
-        await super().astep()
+        answer = await self.llm.agenerate(self.question())
+        self.done.append(answer.choices[0].message.content)
         if self.unique_id == 4:
             raise ValueError("four does not like it")
 

@@ -121,10 +121,11 @@ def undo_half_steps(agent: Any) -> None:
     memory = getattr(agent, "memory", None)
     if memory is None:
         return
-    staged: list[dict[str, Any]] = []
-    entries = getattr(memory, "short_term_memory", None)
-    while entries and getattr(entries[-1], "step", 0) is None:  # several, where one step calls another (0.2)
-        staged.insert(0, entries.pop().content)
+    entries = getattr(memory, "short_term_memory", None) or ()
+    halves = [entry for entry in entries if getattr(entry, "step", 0) is None]  # several, where steps call each other
+    for entry in halves:
+        entries.remove(entry)
+    staged: list[dict[str, Any]] = [entry.content for entry in halves]
     current_entry = getattr(memory, "_current_step_entry", None)
     if current_entry is not None:
         staged.append(current_entry.content)
