@@ -9,7 +9,6 @@ differs between releases is where the functions live and which arguments they ta
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import inspect
 import os
@@ -89,7 +88,7 @@ async def started(model: str, given: Mapping[str, Any]) -> AsyncGenerator[Hosted
     try:
         _from_vllm("validate_parsed_serve_args")(args)
         engine_args = _from_vllm("AsyncEngineArgs").from_cli_args(args)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"VLLMEngine: vLLM refuses its options: {error}") from error
     for name in given:
         if hasattr(engine_args, name):  # made into vLLM's own types, which the application reads
@@ -107,9 +106,11 @@ async def started(model: str, given: Mapping[str, Any]) -> AsyncGenerator[Hosted
         async with _hosted(engine, args) as hosted:
             yield hosted
     finally:
-        # Its own 5 s are short for a busy machine, and what is killed leaves shared memory behind.
+        # Its own 5 s are short for a busy machine, and what is killed leaves shared memory behind. Meanwhile the loop
+        # stands still: vLLM's tasks on it would take the end of the processes for a failure.
         patience = {"timeout": _SHUTDOWN_S} if "timeout" in inspect.signature(engine.shutdown).parameters else {}
-        await asyncio.to_thread(engine.shutdown, **patience)
+        engine.shutdown(**patience)
+        del engine  # an error that vLLM has kept while it read its options holds this frame
 
 
 @asynccontextmanager
@@ -139,7 +140,8 @@ async def _hosted(engine: Any, args: Any) -> AsyncGenerator[Hosted]:
     scheduler = engine.vllm_config.scheduler_config
 
     def broken() -> str | None:
-        return f"vLLM's engine is dead: {engine.dead_error}" if engine.errored else None
+        now = engine
+        return f"vLLM's engine is dead: {now.dead_error}" if now is not None and now.errored else None
 
     def unfinished() -> int | None:
         count = getattr(engine, "get_num_unfinished_requests", None)
@@ -148,7 +150,9 @@ async def _hosted(engine: Any, args: Any) -> AsyncGenerator[Hosted]:
     try:
         yield Hosted(app, broken, unfinished, by_priority=getattr(scheduler, "policy", "") == "priority")
     finally:
-        del app.state  # as vLLM's server does: the application is a knot, and the engine should not hang in it
+        # As vLLM's server does: the application is a knot, and the engine should not hang in it, nor in those above.
+        del app.state
+        engine = None
 
 
 def _with(function: Any, facts: Mapping[str, Any]) -> Any:

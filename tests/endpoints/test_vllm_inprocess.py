@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import threading
+import weakref
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -403,6 +404,19 @@ async def test_an_engine_that_dies_is_an_error_of_the_endpoint(vllm):
     assert len(vllm.engines[0].shutdowns) == 1
 
 
+async def test_closed_it_keeps_nothing_of_vllm(vllm):
+    engine = VLLMEngine("m")
+    await engine.ready()
+    hosted = engine._hosting.hosted
+    kept = weakref.ref(vllm.engines.pop())
+    await engine.aclose()
+    assert (hosted.broken(), hosted.unfinished()) == (None, None)
+    vllm.apps.clear()
+    vllm.told.clear()
+    gc.collect()
+    assert kept() is None
+
+
 async def test_one_that_nobody_closes_warns_and_ends(vllm):
     engines = [VLLMEngine("m")]
     await engines[0].ready()
@@ -411,7 +425,6 @@ async def test_one_that_nobody_closes_warns_and_ends(vllm):
     thread = next(thread for thread in threading.enumerate() if "vLLM" in thread.name)
     await asyncio.to_thread(thread.join, PATIENCE_S)
     assert len(vllm.engines[0].shutdowns) == 1
-    gc.collect()
 
 
 # ── an engine that is already made ──────────────────────────────────────────────────────────────────────────────────
