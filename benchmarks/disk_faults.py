@@ -216,13 +216,15 @@ async def written(store: DiskStore) -> None:
 
 
 async def measure_read(rows: dict[str, Row], calls: int, repeat: int) -> None:
+    any_order = random.Random(repeat).sample(range(calls), calls)
     async with filled(calls) as (store, place):
         handoff = Handoff(place / "cache.db")
         works: list[tuple[str, Work, int]] = [
             ("handoff to a thread and back", lambda _: handoff.ask(None), 1),
             ("handoff and SELECT", lambda number: handoff.ask(key_of(number)), 1),
             ("asyncio.to_thread of nothing", lambda _: asyncio.to_thread(int), 1),
-            ("DiskStore.get, one at a time", lambda number: store.get(key_of(number)), 1),
+            ("DiskStore.get, in any order", lambda number: store.get(key_of(any_order[number])), 1),
+            ("DiskStore.get, in the order of storing", lambda number: store.get(key_of(number)), 1),
             (f"DiskStore.get, {TOGETHER} at once", lambda number: store.get(key_of(number)), TOGETHER),
         ]
         for name, work, at_once in in_turn(works, repeat):
