@@ -5,6 +5,7 @@ virtual time. Costs are upstream requests per success, and wall time over that o
 """
 
 import asyncio
+import random
 from collections import deque
 from math import ceil
 
@@ -22,7 +23,8 @@ from llmmw.testing.fake import chat_body, chat_call, error_reply
 class Server:
     """Admits `n` per `window` seconds; refusals take 10 ms and say when to come back as `told`."""
 
-    def __init__(self, clock, kind, n, window, burst, latency_s, told):
+    def __init__(self, clock, kind, n, window, burst, latency_s, told, spread_s=0.0):
+        self.spread_s, self.rng = spread_s, random.Random(3)
         self.now = clock.monotonic
         self.kind, self.n, self.window, self.burst = kind, n, window, burst
         self.latency_s, self.told = latency_s, told
@@ -53,6 +55,8 @@ class Server:
 
     async def __call__(self, call):
         self.asked += 1
+        if self.spread_s:
+            await asyncio.sleep(self.rng.random() * self.spread_s)
         self.early += self.now() < self.closed_until
         wait = self.wait()
         if wait:
@@ -121,6 +125,14 @@ def test_a_limit_that_was_told_is_used_nearly_whole(kind, n, window):
     cost, wall, failed, _ = storm(calls, server, rpm=n, window=window)
     assert (cost, failed) == (1.0, 0)
     assert wall <= 1.1 * (calls - n) * window / n + 0.05
+
+
+@pytest.mark.parametrize("spread_s", [0.005, 0.02])
+def test_a_limit_that_was_told_is_kept_though_some_requests_take_longer_to_the_server(spread_s):
+    server = {"kind": "bucket", "n": 50, "window": 0.25, "burst": 50, "latency_s": 0.05, "told": "seconds"}
+    cost, wall, failed, _ = storm(1000, server | {"spread_s": spread_s}, rpm=50, window=0.25)
+    assert (cost, failed) == (1.0, 0)
+    assert wall <= 1.1 * 4.8
 
 
 @pytest.mark.parametrize(
