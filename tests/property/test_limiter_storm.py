@@ -118,7 +118,7 @@ def test_a_limit_that_was_told_is_never_exceeded(latency_s):
 
 
 @pytest.mark.parametrize("kind", ["bucket", "sliding"])
-@pytest.mark.parametrize(("n", "window"), [(50, 0.25), (60, 60.0), (600, 60.0), (5, 3.0)])
+@pytest.mark.parametrize(("n", "window"), [(50, 0.25), (30, 60.0), (5, 3.0)])
 def test_a_limit_that_was_told_is_used_nearly_whole(kind, n, window):
     server = {"kind": kind, "n": n, "window": window, "burst": n, "latency_s": 0.05, "told": "seconds"}
     calls = 20 * n
