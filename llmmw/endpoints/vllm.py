@@ -70,8 +70,8 @@ class VLLMEndpoint(HTTPEndpoint):
         base_url: "http(s)://host[:port][/prefix]/v1"; of a URL without any path "/v1" is added.
         api_key: as the server's `--api-key`.
         cache_salt: None shares the server's prefix cache among all. A text (long and secret) makes one salt for each
-            tenant (`using(tenant=)`, `Client(tenant=)`; else for each credential), the same in every process that has
-            it; True takes a random one for this endpoint. A call's own `cache_salt` goes before it.
+            tenant (`using(tenant=)`, `Client(tenant=)`), the same in every process that has the text, else for each
+            credential; True takes a random text for this endpoint. A call's own `cache_salt` goes before it.
         load_interval: time between two readings of the server's queue (seconds or text), or 32 calls; None: none.
         headers: sent with every call.
         pool: settings of its connections; by default idle ones are kept for 3 s, less than the server's 5.
