@@ -54,7 +54,9 @@ def measure(mode: str, options: argparse.Namespace) -> int:
         }
         command = [settings.venv / "bin/python", "-W", "ignore", HERE / "child.py"]
         command += [f"--{name}={value}" for name, value in told.items()]
-        environment = os.environ | vllm_cpu.engine_environment() | {"VLLM_LOGGING_LEVEL": "WARNING", "COLUMNS": "120"}
+        environment = (
+            os.environ | vllm_cpu.engine_environment() | {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "COLUMNS": "120"}
+        )
         with running.log.with_name(f"bench-{mode}.log").open("w") as log:
             status = subprocess.run(command, env=environment, stderr=log, check=False).returncode
         if status > 1:

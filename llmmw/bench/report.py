@@ -68,7 +68,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def verdict(claim: Claim) -> str:
     """One line."""
-    text = f"{claim.text}: x {claim.ratio:.2f}"
+    text = f"{claim.text}: x {claim.ratio:.2f}, least over least x {claim.least:.2f}"
     return text if claim.most is None else f"{text} (at most {claim.most:.2f}: {'ok' if claim.ok else 'OVER'})"
 
 

@@ -65,12 +65,17 @@ def test_the_batch_claim_is_about_the_largest_wave_and_the_best_bare_shape_that_
     assert "(batch)" in claim.text
 
 
+def test_the_least_of_each_shows_what_other_programs_cost():
+    (claim,) = claims([row("client", 1, 1.0, 1.1, 3.0), row("client", 4, 2.0, 2.2, 1.05)])
+    assert (claim.ratio, claim.least) == (2.0, 1.05)
+
+
 def test_nothing_is_claimed_of_what_was_not_measured():
     assert claims([]) == []
     assert claims([row("client", 4, 1.0), row("generate-batch", 16, 2.0), row("batch", 16, 1.0)]) == []
     assert claims([row("generate-batch", 64, 2.0), Row("batch", 64, skipped="404")]) == []
     assert claims([row("client", 1, 1.0), Row("client", 4)]) == []
-    assert Claim("x", 1.2, 1.1).ok is False
+    assert Claim("x", 1.2, 1.0, 1.1).ok is False
 
 
 def test_the_notes_say_what_is_not_in_the_table():
@@ -83,7 +88,7 @@ def test_the_notes_say_what_is_not_in_the_table():
         row("sdk", 16, 1.0, failures=3, said="ReadError: gone"),
     ]
     assert notes(rows) == [
-        "client: 4 agents over one: x 1.00 (at most 1.15: ok)",
+        "client: 4 agents over one: x 1.00, least over least x 1.00 (at most 1.15: ok)",
         "one-by-one~: from 4 calls, in proportion",
         "batch skipped at 4, 16: StatusError: 404",
         "sdk failed at 16: ReadError: gone",
