@@ -175,14 +175,18 @@ class BoundBalancer(Bound):
 
     def _last_resort(self, call: Call, asked: list[int], failures: list[Miss]) -> int | None:
         """No other is left. Whose rate limit is over first gets it after all; else, where all rest, one is probed."""
-        full = [(miss.again_at, index) for miss, index in zip(failures, asked, strict=True) if self._waits(miss, index)]
+        pairs = zip(failures, asked, strict=True)
+        full = [(miss.again_at, index) for miss, index in pairs if self._waits(call, miss, index)]
         if full:
             return min(full)[1] if len(set(asked)) == len(asked) else None
         return None if tried(failures) else self._chooser.resting(call, asked)
 
-    def _waits(self, miss: Miss, index: int) -> bool:
-        """Whether the call may wait there for its turn."""
-        return self._patient[index] and (miss.fault.kind is FaultKind.RATE or isinstance(miss.outcome, RateLimited))
+    def _waits(self, call: Call, miss: Miss, index: int) -> bool:
+        """Whether the call may wait there for its turn, longer than it did."""
+        given, allowed = miss.call.rate_wait_s, math.inf if call.rate_wait_s is None else call.rate_wait_s
+        if not self._patient[index] or given is None or given >= allowed:
+            return False
+        return miss.fault.kind is FaultKind.RATE or isinstance(miss.outcome, RateLimited)
 
     def _again_at(self, outcome: object, fault: Fault) -> float:
         if isinstance(outcome, Refused) and outcome.retry_at is not None:
@@ -219,16 +223,20 @@ class BoundBalancer(Bound):
             if not isinstance(error, asyncio.CancelledError | Exception):
                 raise
             return failure_of(error, call, self.env.clock)
+        # What was asked beside has spoken for the replica that answered; this one was only slow.
+        speaks = reply.ok and not (self._hedged[index] and reply.endpoint not in {"", self._routes[index].name})
         if reply.chunks is None:
             self._chooser.end(index, generation)
-            if reply.ok:
+            if speaks:
                 self._chooser.succeeded(index, call.model)
             return reply
-        return at_delivered_end(reply, partial(self._ended, index, generation, call.model))
+        return at_delivered_end(reply, partial(self._ended, index, generation, call.model if speaks else None))
 
-    def _ended(self, index: int, generation: int, model: str, end: End) -> None:
-        """A stream is over."""
+    def _ended(self, index: int, generation: int, model: str | None, end: End) -> None:
+        """A stream is over; `model` is None where that says nothing about the replica."""
         self._chooser.end(index, generation)
+        if model is None:
+            return
         if end.how == "finished":
             self._chooser.succeeded(index, model)
         elif end.how == "failed" and end.error is not None:

@@ -630,6 +630,24 @@ async def test_without_anybody_who_waits_a_429_of_all_is_the_answer(clock: Manua
     assert asked(upstreams) == [1, 1]
 
 
+@pytest.mark.parametrize("alive", [1, 2])
+def test_who_was_given_all_the_patience_is_not_asked_all_over_again(alive: int) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        upstreams = servers(2)
+        for upstream in upstreams:
+            upstream.fails = error_reply(429)
+        async with bound(clock, upstreams, Retry(attempts=3, backoff=0.1, rate_patience=0)) as engine:
+            engine.reconfigure(
+                "balance", weights=dict(zip([one.name for one in upstreams[alive:]], [0.0], strict=False))
+            )
+            reply = await engine.call(by())
+            assert (reply.status, len(reply.attempts)) == (429, sum(asked(upstreams)))
+        assert sorted(asked(upstreams)) == ([0, 3] if alive == 1 else [3, 4])
+
+    run()
+
+
 # ── streams, cancellation, hedging ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -735,6 +753,25 @@ async def test_a_hedge_stays_where_no_other_is_well_and_its_failure_is_told(cloc
         assert (reply.endpoint, reply.ok) == (own.name, True)
         assert sorted(each["failures"] for each in figures(engine)) == [0, 0, 1]
         assert [each["in_flight"] for each in figures(engine)] == [0, 0, 0]
+
+
+@manual_time
+async def test_an_answer_from_beside_says_nothing_good_of_who_hangs(clock: ManualClock) -> None:
+    upstreams = servers(2, latency_s=1)
+    async with bound(clock, upstreams, Retry(hedge=True, attempts=2), CircuitBreaker(open_for=5)) as engine:
+        for number in range(60):
+            await engine.call(by("alice", str(number), temperature=0))
+        own = max(upstreams, key=lambda upstream: len(upstream.calls))
+        own.fails = lambda: REFUSED("down")
+        for number in range(5):
+            await engine.call(by("alice", f"down {number}", temperature=0))
+        own.fails, own.latency_s = None, 50
+        await asyncio.sleep(6)
+        for number in range(3):  # each a probe that hangs, and is answered from beside
+            reply = await engine.call(by("alice", f"slow {number}", temperature=0))
+            assert reply.endpoint != own.name
+        (told,) = (each for each in figures(engine) if each["ejections"])
+        assert (told["ejected"], told["ejections"]) == (True, 1)
 
 
 # ── one server to the cache ─────────────────────────────────────────────────────────────────────────────────────────
