@@ -13,7 +13,7 @@ from llmmw.call import Reply
 from llmmw.errors import ConfigError, RateLimited, Refused
 from llmmw.events import Rerouted
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
-from llmmw.layers.attempt import at_delivered_end, begun, failure_of
+from llmmw.layers.attempt import at_delivered_end, begun, exchange_of, failure_of
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.breaker import BoundBreaker, CircuitBreaker
 from llmmw.layers.chooser import Chooser
@@ -244,9 +244,9 @@ class BoundBalancer(Bound):
             if fault is not None:
                 self._learn(index, model, end.error, fault)
 
-    def _learn(self, index: int, model: str, outcome: object, fault: Fault) -> None:
+    def _learn(self, index: int, model: str, outcome: Reply | BaseException, fault: Fault) -> None:
         if fault.kind in _HURTS and not fault.local:
-            self._chooser.failed(index, model)
+            self._chooser.failed(index, model, exchange_of(outcome))
         elif isinstance(outcome, Refused) and not getattr(outcome, "sent", False):
             self._chooser.refused(index, model)
 

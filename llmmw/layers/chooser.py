@@ -49,6 +49,8 @@ class Chooser:
         count = len(self._breakers)
         self._loads: list[object] = [None] * count
         self._requests, self._failures, self._ejections = [0] * count, [0] * count, [0] * count
+        self._judged = [0] * count
+        """The joint request (by its number) that each failed last."""
         self._at_home = self._spilled = 0
 
     # ── choosing ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,10 +128,12 @@ class Chooser:
         elif not any(sick == index and self.is_resting(index, other) for sick, other in self._sick):
             self._balance.recovered(index)
 
-    def failed(self, index: int, model: str) -> None:
-        """The replica did not answer as it should."""
+    def failed(self, index: int, model: str, exchange: int) -> None:
+        """The replica did not answer as it should; one request that failed for many calls is one failure."""
         self._failures[index] += 1
-        self._balance.failed(index, self._env.clock.monotonic())
+        if not exchange or exchange != self._judged[index]:
+            self._judged[index] = exchange
+            self._balance.failed(index, self._env.clock.monotonic())
         self._look_at(index, model)
 
     def refused(self, index: int, model: str) -> None:

@@ -21,7 +21,7 @@ from llmmw.layers.exchange import HELPED_BY_PARTING, TOO_MUCH_AT_ONCE, Item, ask
 from llmmw.stream.copies import own_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from llmmw.algo.batchmates import Kind
     from llmmw.call import Call, Handler
@@ -50,8 +50,8 @@ class Samples:
         self._inner = inner
         self._env = env
         self._gathering: dict[Kind, list[Item]] = {}
-        self._tasks: dict[asyncio.Task[None], Sequence[Item]] = {}
-        self._forsaken: list[asyncio.Task[None]] = []
+        self._tasks: dict[asyncio.Task[object], Sequence[Item]] = {}
+        self._forsaken: list[asyncio.Task[object]] = []
         self._alone: dict[tuple[str, str], None] = {}
         """Where n was refused: endpoint and model."""
         self._sizes: dict[tuple[str, str], GroupSize] = {}
@@ -112,12 +112,16 @@ class Samples:
         for item in items:
             if item.call.place is not None:
                 item.call.place.settle()  # these will not come to the batcher
+        self._begin(self._obtain(items), items)
+
+    def _begin(self, work: Coroutine[Any, Any, object], items: Sequence[Item]) -> asyncio.Task[object]:
         # Joint work belongs to none of its callers: no context variables of theirs.
-        task = asyncio.get_running_loop().create_task(self._obtain(items), context=bare_context())
+        task = asyncio.get_running_loop().create_task(work, context=bare_context())
         self._tasks[task] = items
         task.add_done_callback(partial(self._over, items))
+        return task
 
-    def _over(self, items: Sequence[Item], task: asyncio.Task[None]) -> None:
+    def _over(self, items: Sequence[Item], task: asyncio.Task[object]) -> None:
         """Whoever has no outcome yet gets what ended the task."""
         self._tasks.pop(task, None)
         broken = None if task.cancelled() else task.exception()
@@ -197,8 +201,9 @@ class Samples:
         _remember(self._sizes, place, self._sizes.get(place) or GroupSize(MAX_SAMPLES)).refused(len(items))
 
     async def _each_alone(self, items: Sequence[Item]) -> None:
-        if items:
-            await asyncio.gather(*map(self._one, items))
+        """Each in a task of its own, which ends with whoever waits for it."""
+        tasks = [self._begin(self._one(item), (item,)) for item in items]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, item: Item) -> Reply | Exception | None:
         """The outcome of one, which is given to it; None: nobody waits for it any more."""

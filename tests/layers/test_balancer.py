@@ -13,6 +13,7 @@ import pytest
 import llmmw
 from llmmw import (
     Balancer,
+    Batcher,
     CircuitBreaker,
     Coalescer,
     ConfigError,
@@ -37,7 +38,9 @@ from llmmw.testing.clock import ManualClock, manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, chat_chunks, error_reply
 
 if TYPE_CHECKING:
-    from llmmw.call import Call, Reply
+    from collections.abc import Sequence
+
+    from llmmw.call import Call, Outcome, Reply
     from llmmw.engine import Engine
 
 REFUSED = errors.ConnectionFailed
@@ -338,6 +341,27 @@ async def test_an_error_is_gone_with_whoever_caught_it(clock: ManualClock) -> No
             assert kept() is None
         finally:
             gc.enable()
+
+
+class Joint(Server):
+    """Takes joint requests."""
+
+    capabilities = frozenset({"batch:chat"})
+
+    async def generate_batch(self, calls: Sequence[Call]) -> list[Outcome]:
+        raise NotImplementedError
+
+
+@manual_time
+async def test_a_joint_request_that_fails_is_one_failure(clock: ManualClock) -> None:
+    upstreams = [Joint(number) for number in range(2)]
+    for upstream in upstreams:
+        upstream.fails = error_reply(500)
+    async with bound(clock, upstreams, Batcher(min_size=2), affinity=lambda _: "all", room=100) as engine:
+        replies = await asyncio.gather(*(engine.call(by(None, str(number))) for number in range(40)))
+        assert [reply.status for reply in replies] == [500] * 40
+        assert [each["ease"] for each in figures(engine)] == [0.5, 0.5]
+    assert asked(upstreams) == [1, 1]
 
 
 @manual_time

@@ -287,6 +287,21 @@ def test_the_request_ends_with_the_last_who_waits(layers: tuple[Any, ...]) -> No
 
 
 @manual_time
+async def test_who_leaves_while_each_is_asked_alone_ends_a_request(clock: ManualClock) -> None:
+    upstream = Sampler(latency_s=10)
+    upstream._script = [errors.ResponseTooLarge("64 MiB")]
+    engine = engine_of(upstream, clock, MERGING)
+    tasks = ask(engine, agents(4))
+    await asyncio.sleep(12)
+    assert (upstream.in_flight, upstream.cancelled) == (4, 0)
+    tasks[1].cancel()
+    await asyncio.sleep(1)
+    assert (upstream.in_flight, upstream.cancelled) == (3, 1)
+    assert len({reply.text for reply in await asyncio.gather(tasks[0], *tasks[2:])}) == 3
+    await engine.aclose()
+
+
+@manual_time
 async def test_who_leaves_before_the_turn_ends_is_not_asked_for(clock: ManualClock) -> None:
     upstream = Sampler()
     engine = engine_of(upstream, clock, MERGING)
