@@ -45,7 +45,7 @@ class LineProcess:
         process, answer = self._process, ""
         assert process.stdin is not None
         assert process.stdout is not None
-        watchdog = threading.Timer(self._limit_s, process.kill)
+        watchdog = threading.Timer(self._limit_s, self._give_up)
         watchdog.start()
         try:
             with contextlib.suppress(OSError):  # a broken pipe: it ended, and says why below
@@ -57,6 +57,10 @@ class LineProcess:
         if not answer:
             raise RuntimeError(self._why())
         return answer
+
+    def _give_up(self) -> None:
+        self._failure = f"no answer within {self._limit_s:g} s"
+        self._process.kill()
 
     def _why(self) -> str:
         if not self._failure:
