@@ -186,7 +186,10 @@ class BoundBatcher(Bound):
             finally:
                 gathering.over(accepted=accepted)
         if isinstance(landed, BaseException):
-            raise landed
+            try:
+                raise landed
+            finally:
+                del landed, waiter, item  # an error that its traceback leads back to waits for the collector
         joint: Reply = landed
         return joint
 

@@ -54,11 +54,9 @@ class Coalescer(Positioned):
             behind gets StreamInterrupted; once a stream is longer, newcomers make their own call.
         lease: seconds (or text such as "10s") after which a process that stands still loses its place; at most half
             the lifetime of the cache's answers. Renewed while the call runs. Needs `TTLCache(directory=)`.
-
         merge_samples: calls that ask the same but may not share an answer (temperature above 0, and lanes or no cache)
             become one request with `n` where the endpoint takes that: those of one loop turn, none waits longer. The
-            prompt is paid for once, each gets a sample of its own. Seeds, streams and n > 1 stay as they are, and so
-            do calls through somebody else's SDK.
+            prompt is paid for once. Seeds, streams, n > 1 and calls through somebody else's SDK stay as they are.
 
     Raises:
         ConfigError: `buffer_bytes` is not a whole number of at least 1, `lease` no duration above zero.
@@ -125,7 +123,10 @@ class BoundCoalescer(Bound):
         if landed is None:
             return await self.inner(call)
         if isinstance(landed, BaseException):
-            raise landed
+            try:
+                raise landed
+            finally:
+                del landed  # its traceback leads back to this frame
         if origin is not None and landed.chunks is not None:
             shared = flight
             origin.waits_on.append(shared)
@@ -175,8 +176,8 @@ class BoundCoalescer(Bound):
 
     def gauges(self) -> dict[str, object]:
         """Flights now, and calls waiting for one."""
-        flights = list(self._table.values())
-        return {"flights": len(flights), "waiting": sum(len(flight.waiters) for flight in flights)}
+        waiting = [len(flight.waiters) for flight in list(self._table.values())]
+        return {"flights": len(waiting), "waiting": sum(waiting)}
 
     def _own_key(self, call: Call) -> Key | None:
         """Where no cache outside has set one."""
@@ -212,10 +213,9 @@ class BoundCoalescer(Bound):
                 timer.cancel()
             if origin is not None:
                 origin.waits_on.remove(flight)
-            flight.waiters.pop(waiter, None)
-            if not flight.over:
-                self._abandon(flight)
-        if isinstance(landed, BaseException) and waiter is not flight.leader:
+            led = flight.leave(waiter)
+            self._abandon(flight)
+        if isinstance(landed, BaseException) and not led:
             landed.__traceback__ = None  # one that could not be copied must not gather everybody's
         return landed
 
@@ -254,9 +254,7 @@ class BoundCoalescer(Bound):
         call, fill = flight.call.replace(urgency=flight.urgency, fill=None), flight.call.fill
         if fill is None:
             return await self._ask(call)
-        found = fill.look()
-        if found is None and self._lease_s is not None:
-            found = await fill.claim(self._lease_s)
+        found = fill.look() or (None if self._lease_s is None else await fill.claim(self._lease_s))
         if found is not None:
             return found
         try:

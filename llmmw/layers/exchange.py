@@ -84,12 +84,14 @@ class Item:
                 own = own_error(outcome)
             first = False
             waiter.set_result(own)
+        self.waiters.clear()  # they hold their outcome, and this item and its exchange each other
 
     def fail(self, make_error: Callable[[], Exception]) -> int:
         """Wake everybody with an error of their own; how many."""
         waiting = list(self.waiting())
         for waiter, _ in waiting:
             waiter.set_result(make_error())
+        self.waiters.clear()
         return len(waiting)
 
 

@@ -87,6 +87,14 @@ class Flight:
         """Whether anybody waits for it or reads its stream."""
         return bool(self.waiters) or (self.tee is not None and self.tee.readers > 0)
 
+    def leave(self, waiter: asyncio.Future[Landed]) -> bool:
+        """One waits no longer; whether it led."""
+        self.waiters.pop(waiter, None)
+        led = waiter is self.leader
+        if led and self.over:
+            self.leader = None  # it holds the outcome, and the traceback of an error holds the flight
+        return led
+
     def alive(self) -> list[asyncio.Future[Landed]]:
         """Those who still wait: neither answered nor cancelled."""
         return [waiter for waiter in self.waiters if not waiter.done()]

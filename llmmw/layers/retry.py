@@ -177,7 +177,10 @@ class BoundRetry(Bound):
             why = "not repeated, because the server may have done the work: Retry(duplicate_ok=True) allows it"
             raise AmbiguousTimeout(f"{said}; {why}", endpoint=outcome.endpoint, attempts=attempts) from outcome
         annotate(outcome, attempts)
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del outcome  # as in the loop
 
 
 def _is_paced(inner: Handler) -> bool:

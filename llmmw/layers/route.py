@@ -273,7 +273,10 @@ class BoundRouter(Bound):
             if isinstance(outcome, Reply):
                 return outcome.replace(attempts=attempts)
             annotate(outcome, attempts)
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome  # its traceback leads back to this frame
         told = "; ".join(f"{failure.route.name or 'the endpoint'}: {words(failure)}" for failure in failures)
         errors = [failure.as_error(self.env.clock.wall()) for failure in failures]
         raise AllEndpointsFailed(f"all {len(failures)} endpoints failed: {told}", errors, attempts=attempts)

@@ -85,7 +85,10 @@ class Samples:
         if landed is _GO:
             return await self._inner(call)
         if isinstance(landed, BaseException):
-            raise landed
+            try:
+                raise landed
+            finally:
+                del landed, waiter, item, found  # an error that its traceback leads back to waits for the collector
         reply: Reply = landed
         return reply
 

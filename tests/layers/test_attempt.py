@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
 
 from llmmw import errors
-from llmmw.call import Attempt, Call, Item, Reply
+from llmmw.call import Attempt, Call, Context, Item, Reply
 from llmmw.env import Env
 from llmmw.layers.attempt import annotate
+from llmmw.layers.balance import Balancer
+from llmmw.layers.batch import Batcher
+from llmmw.layers.breaker import CircuitBreaker
+from llmmw.layers.cache import TTLCache
+from llmmw.layers.coalesce import Coalescer
 from llmmw.layers.deadline import Deadline
 from llmmw.layers.limit import RateLimiter
 from llmmw.layers.retry import Retry
@@ -269,3 +276,57 @@ async def test_route_15_group_with_a_cancellation_inside_is_not_repeated(clock: 
     with pytest.raises(ExceptionGroup):
         await wrapped()
     assert calls == 1
+
+
+# ── whoever catches an error holds nothing else ─────────────────────────────────────────────────────────────────────
+
+
+class Dead(FakeUpstream):
+    """Takes joint requests, n and whatever else, and answers none."""
+
+    capabilities = frozenset({"n", "batch:chat"})
+
+    async def _answer(self, call: Call, number: int) -> Reply:
+        raise errors.ConnectionFailed("down")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (Batcher(min_size=2),),
+        (Coalescer(merge_samples=True),),
+        (TTLCache(60, sampling="lanes"), Coalescer()),
+        (TTLCache(60), Coalescer()),
+        (Balancer(), Retry(attempts=2)),
+        (Retry(attempts=2),),
+        (ErrorRouter(),),
+        (ErrorRouter(fallbacks=[Dead(name="http://other.test")]),),
+        (Deadline(60), TTLCache(60), Coalescer(), ErrorRouter(), Retry(), CircuitBreaker(), RateLimiter(9), Timeout(5)),
+    ],
+    ids=lambda layers: "-".join(layer.role for layer in layers),
+)
+def test_an_error_is_gone_with_whoever_caught_it(layers: tuple[Layer, ...]) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        engine = Stack(*layers).bind(
+            [Dead(), Dead(name="http://two.test")][: 1 + (layers[0].role == "balance")], env=Env(clock=clock, seed=1)
+        )
+
+        async def caught(agent: str) -> weakref.ref[Exception] | None:
+            try:
+                await engine.call(chat_call("why?", temperature=1, context=Context(agent=agent)))
+            except errors.LLMMWError as error:
+                return weakref.ref(error)
+            return None
+
+        gc.collect()
+        gc.disable()
+        try:
+            found = await asyncio.gather(*map(caught, "abc"))
+            await clock.sleep(0.1)
+            assert [ref is not None and ref() for ref in found] == [None] * 3
+        finally:
+            gc.enable()
+        await engine.aclose()
+
+    run()
