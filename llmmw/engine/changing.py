@@ -15,7 +15,7 @@ class Changing(OnHome):
         """Change settings of the layer of that role, at every endpoint, effective at once: `("limit", rpm=1200)`.
 
         What was learnt, spent and queued stays. Only some layers can: the RateLimiter, whose limits can be raised and
-        lowered (not added or removed).
+        lowered (not added or removed), and the Balancer, whose `weights` go by the names of replicas.
 
         Raises:
             ConfigError: the stack has no such layer, it cannot change, or a value cannot work; nothing is changed.
@@ -26,7 +26,7 @@ class Changing(OnHome):
             raise ConfigError(f"reconfigure({role!r}): this engine has no such layer; it has: {present}")
 
         def change() -> None:
-            for bound in bounds:
-                bound.reconfigure(**changes)
+            for effect in [bound.change(bounds, **changes) for bound in bounds]:
+                effect()
 
         self._on_home(change)

@@ -108,6 +108,7 @@ class BoundBalancer(Bound):
     def __init__(self, handlers: Sequence[Handler], replicas: Replicas, env: Env, rules: Balancer) -> None:
         super().__init__(handlers[0], env)
         self.name = replicas.name
+        self.names = replicas.labels
         self._members = replicas.members
         self._routes: tuple[Route, ...] = tuple(route_to(handler, None, None) for handler in handlers)
         self._hedged = tuple(_has(handler, "hedges") for handler in handlers)
@@ -268,9 +269,14 @@ class BoundBalancer(Bound):
         Raises:
             ConfigError: any other setting, an unknown name, a weight below 0, or none above.
         """
+        self.change((), **changes)()
+
+    def change(self, beside: Sequence[Bound], **changes: Any) -> Callable[[], None]:
+        """As `reconfigure`; a name may be that of a replica of another balancer beside this one."""
         if set(changes) != {"weights"}:
             super().reconfigure(**changes)
-        self._chooser.weigh(changes["weights"])
+        others = {name for other in beside if isinstance(other, BoundBalancer) for name in other.names}
+        return self._chooser.weighing(changes["weights"], others)
 
     def rehome(self) -> None:
         """What was under way is lost."""

@@ -138,6 +138,19 @@ class Bound:
         """
         raise ConfigError(f"{type(self).__name__}: {', '.join(changes)} cannot change while the layer works")
 
+    def change(self, beside: Sequence[Bound], **changes: Any) -> Callable[[], None]:
+        """Check such settings; what is returned makes them effective. Default: `reconfigure` does both.
+
+        Args:
+            beside: every layer of this role, for which the settings are meant as well.
+            changes: the settings.
+
+        Raises:
+            ConfigError: as `reconfigure`.
+        """
+        del beside
+        return lambda: self.reconfigure(**changes)
+
     def rehome(self) -> None:
         """The home loop changed or the process forked: drop tasks, futures and sockets, keep levels and entries."""
 

@@ -14,7 +14,7 @@ from llmmw.settings import number
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from llmmw.algo.balance import BalanceRules
     from llmmw.algo.circuit import Standing
@@ -169,8 +169,8 @@ class Chooser:
         found = self._breakers[index].rests_since(call.replace(target=self._targets[index]))
         return math.inf if found is None else found
 
-    def weigh(self, weights: Mapping[str, float]) -> None:
-        """Change some weights, by name.
+    def weighing(self, weights: Mapping[str, float], others: Collection[str]) -> Callable[[], None]:
+        """What changes some weights, by name; those of `others` are somebody else's.
 
         Raises:
             ConfigError: no mapping, an unknown name, a weight below 0, or none above.
@@ -180,12 +180,14 @@ class Chooser:
             raise ConfigError(f"{option}: must be a mapping from names of replicas to numbers")
         found = dict(zip(self._labels, self._balance.weights, strict=True))
         for label, weight in weights.items():
-            if label not in found:
-                raise ConfigError(f"{option}: no replica {label!r}; there are {', '.join(found)}")
-            found[label] = number(option, weight)
+            if label in found:
+                found[label] = number(option, weight)
+            elif label not in others:
+                known = ", ".join(dict.fromkeys((*found, *sorted(others))))
+                raise ConfigError(f"{option}: no replica {label!r}; there are {known}")
         if not any(found.values()):
             raise ConfigError(f"{option}: one replica must keep a weight above 0")
-        self._balance.weigh([*found.values()])
+        return partial(self._balance.weigh, [*found.values()])
 
     def rehome(self) -> None:
         """What was under way is lost."""

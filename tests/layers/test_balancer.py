@@ -184,6 +184,28 @@ def test_a_change_that_cannot_work_changes_nothing(changes: dict[str, Any], said
     assert [each["weight"] for each in figures(engine)] == [1, 1]
 
 
+def test_with_two_groups_each_takes_the_weights_of_its_own() -> None:
+    primary, fallback = servers(2), [Server(8), Server(9)]
+    engine = Stack(ErrorRouter(fallbacks=[fallback]), Balancer()).bind(primary)
+
+    def weights() -> dict[str, float]:
+        found = engine.get_performance_stats()["layers"]["balance"]["replicas"]
+        return {name.removeprefix("http://r")[:1]: each["weight"] for name, each in found.items()}
+
+    engine.reconfigure("balance", weights={primary[0].name: 0})
+    engine.reconfigure("balance", weights={primary[1].name: 2, fallback[1].name: 3})
+    known = {"0": 0, "1": 2, "8": 1, "9": 3}
+    assert weights() == known
+    for changes, said in (
+        ({"http://elsewhere": 1, fallback[0].name: 2}, "no replica 'http://elsewhere'"),
+        ({primary[1].name: 0, fallback[0].name: 2}, "above 0"),
+        ({primary[1].name: 5, fallback[0].name: -1}, "at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            engine.reconfigure("balance", weights=changes)
+        assert weights() == known
+
+
 @manual_time
 async def test_a_servers_own_queue_counts(clock: ManualClock) -> None:
     upstreams = servers(2)
