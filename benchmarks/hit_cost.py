@@ -268,7 +268,7 @@ CASES = (
     Case(MEMORY_FLOOR, memory_floor),
     Case("memory hit, async function", async_function, MEMORY_FLOOR, 6),
     Case("memory hit, sync function", sync_function, MEMORY_FLOOR, 6),
-    Case("memory hit, Client.chat().text", client_in_memory, MEMORY_FLOOR, 6),
+    Case("memory hit, Client.chat().text", client_in_memory, MEMORY_FLOOR, 12),
     Case(DISK_FLOOR, disk_floor),
     Case(THREAD_FLOOR, partial(disk_floor, in_thread=True)),
     Case("disk hit, in the order of storing", disk_hit, THREAD_FLOOR, 25),
