@@ -15,6 +15,7 @@ from llmmw.errors import (
     Closed,
     ConnectionFailed,
     LLMMWError,
+    PoolTimeout,
     StaleConnection,
     UpstreamTimeout,
 )
@@ -191,16 +192,16 @@ class BoundPool:
         began_again = False
         while True:
             generation, exchange = fleet.start(), Exchange(way.connect_s, self._limits.write_s)
+            began, heard = self._env.clock.monotonic(), generation.heard
             try:
                 sending = generation.engine.send(request, exchange)
-                return generation, await (sending if way.patience is None else way.patience.head(sending)), exchange
+                raw = await (sending if way.patience is None else way.patience.head(sending))
             except BaseException as error:
                 fleet.stop(generation)
-                if isinstance(error, asyncio.CancelledError) and not exchange.is_sent:
-                    mark_unsent(error)
-                if isinstance(error, UpstreamTimeout):
-                    error.sent = error.sent and exchange.is_sent
                 if not isinstance(error, Lost):
+                    _say_what_was_sent(error, exchange)
+                    if generation.heard != heard:
+                        self._blame_ourselves(error, began, way.connect_s)
                     raise
                 if error.unprocessed and not fleet.dead:
                     if began_again:
@@ -214,8 +215,25 @@ class BoundPool:
                 if not may_repeat:
                     raise StaleConnection(f"a kept-alive connection was dead: {error}", endpoint=way.origin) from None
                 may_repeat = False
+            else:
+                generation.heard += 1
+                return generation, raw, exchange
             finally:
                 self._tell(exchange, way.origin)
+
+    def _blame_ourselves(self, error: BaseException, began: float, connect_s: float | None) -> None:
+        """A connection that took too long while the same server answered others: it is this process that is too slow.
+
+        A thousand calls at once through an SDK keep the loop busy for seconds; no circuit may open for that.
+
+        Raises:
+            PoolTimeout: so it was.
+        """
+        took_s = self._env.clock.monotonic() - began
+        if isinstance(error, ConnectionFailed) and connect_s is not None and took_s >= connect_s:
+            raise PoolTimeout(
+                f"no connection within {took_s:.3g} s, while others were answered: this process has too much to do"
+            ) from None
 
     def _tell(self, exchange: Exchange, origin: str) -> None:
         if exchange.opened is not None:
@@ -285,3 +303,11 @@ class BoundPool:
         if fleet is not None and fleet.is_open and not self._closed:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
             fleet.drop_from_anywhere()
+
+
+def _say_what_was_sent(error: BaseException, exchange: Exchange) -> None:
+    """Whether the server may have done the work, on the errors that can tell."""
+    if isinstance(error, asyncio.CancelledError) and not exchange.is_sent:
+        mark_unsent(error)
+    if isinstance(error, UpstreamTimeout):
+        error.sent = error.sent and exchange.is_sent

@@ -23,13 +23,15 @@ LEAK_CHECK_S = 1.0
 class Generation:
     """One engine and how many requests it carries; retired, it takes no more and closes after the last."""
 
-    __slots__ = ("active", "born", "checked", "engine", "retired", "suspect")
+    __slots__ = ("active", "born", "checked", "engine", "heard", "retired", "suspect")
 
     def __init__(self, engine: Engine, now: float) -> None:
         self.engine = engine
         self.born = now
         self.checked = now
         self.suspect = False
+        self.heard = 0
+        """Answers that have begun to arrive."""
         self.active = 0
         self.retired = False
 

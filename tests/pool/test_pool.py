@@ -13,12 +13,22 @@ import pytest
 
 import llmmw
 from llmmw.env import Env
-from llmmw.errors import AmbiguousOutcome, Closed, ConfigError, MissingExtra, StaleConnection
+from llmmw.errors import (
+    AmbiguousOutcome,
+    Closed,
+    ConfigError,
+    ConnectionFailed,
+    MissingExtra,
+    PoolTimeout,
+    StaleConnection,
+)
 from llmmw.events import ConnectionOpened
+from llmmw.fault import classify
 from llmmw.pool import BoundPool, ConnectionPool
 from llmmw.pool import bound as bound_module
 from llmmw.pool import engines as engines_module
 from llmmw.pool.engine import Lost, as_utf8
+from llmmw.pool.guard import Guard
 from llmmw.testing import manual_time
 from llmmw.testing.rawserver import RawServer, answer_bytes, hang_up, say
 from llmmw.wire import HTTPRequest
@@ -145,6 +155,37 @@ def scripted(monkeypatch):
 
 
 REQUEST = HTTPRequest("POST", "http://127.0.0.1:9/v1")
+
+
+@manual_time
+@pytest.mark.parametrize(
+    ("took_s", "others", "kind"),
+    [(5.0, 1, PoolTimeout), (5.0, 0, ConnectionFailed), (4.9, 1, ConnectionFailed)],
+)
+async def test_a_slow_connection_while_others_are_answered_is_our_own_slowness(clock, scripted, took_s, others, kind):
+    """A thousand calls at once keep the loop busy for seconds: no circuit may open for that."""
+    began = asyncio.Event()
+
+    class Slow(Scripted):
+        async def send(self, request, exchange):
+            if request.body != b"slow":
+                return await super().send(request, exchange)
+            began.set()
+            await asyncio.sleep(took_s)
+            raise ConnectionFailed("no connection (ConnectionTimeoutError)")
+
+    pool = BoundPool(ConnectionPool(connect_timeout=5), Env(clock=clock), Guard(), make=lambda _: Slow())
+    slow = asyncio.create_task(pool.request(HTTPRequest("POST", REQUEST.url, (), b"slow")))
+    await began.wait()
+    for _ in range(others):
+        await ask(pool, REQUEST)
+    with pytest.raises(ConnectionFailed) as caught:
+        await slow
+    assert type(caught.value) is kind
+    fault = classify(caught.value, wall=0.0)
+    assert fault.local is (kind is PoolTimeout)
+    assert pool.gauges()["in_flight"] == 0
+    await pool.aclose()
 
 
 @manual_time
