@@ -43,6 +43,10 @@ _LEAST = 0.5
 """Less than half a request is none: between idle replicas it would decide everything."""
 _SUMMED_S = 0.05
 """The readings of all are added up at most this often, so that a choice costs the same among 4 replicas and 64."""
+_MISSES = 3
+"""So many calls in a row that got no answer in time, and a replica is nobody's home for a while; one call at a time may
+then find out. A circuit takes no notice of deadlines, which may be short for reasons of their own."""
+_SILENT_S = 5.0
 _HASH_BITS = 52
 """So that a hash, in the middle of its step, is a float strictly between 0 and 1."""
 
@@ -67,7 +71,7 @@ class Balance:
         rules: how calls are spread.
     """
 
-    __slots__ = ("_at", "_easing", "_heard", "_homes", "_names", "_resting", "_rules", "_summed", "_summed_at",
+    __slots__ = ("_easing", "_heard", "_homes", "_missed", "_names", "_resting", "_rules", "_summed", "_summed_at",
                  "_total", "_weight", "generation", "outstanding", "weights")  # fmt: skip
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], rules: BalanceRules) -> None:
@@ -80,6 +84,8 @@ class Balance:
         self._heard: dict[int, tuple[float, float]] = {}
         """What servers said of their queues: how many wait, and when that was."""
         self._summed, self._summed_at = 0.0, -math.inf
+        self._missed: dict[int, tuple[int, float]] = {}
+        """Calls in a row that a replica did not answer in time, and when the last was given up."""
         self._total = 0
         self.generation = 0
         self.outstanding = [0] * len(self._names)
@@ -123,6 +129,15 @@ class Balance:
         """The replica failed: for a while it counts half of what it did."""
         self._slow_down(index, self.ease(index, now) / 2, now)
 
+    def missed(self, index: int, now: float) -> None:
+        """A call's deadline passed there before it was answered."""
+        self._missed[index] = self._missed.get(index, (0, now))[0] + 1, now
+
+    def answered(self, index: int) -> None:
+        """A call was answered there."""
+        if self._missed:
+            self._missed.pop(index, None)
+
     def rests(self, index: int) -> None:
         """The replica is not asked any more, until `succeeded` (or `recovered`)."""
         self._resting.add(index)
@@ -150,6 +165,11 @@ class Balance:
     def is_resting(self, index: int) -> bool:
         """Whether the replica was ejected and has not answered since."""
         return index in self._resting
+
+    def is_silent(self, index: int, now: float) -> bool:
+        """Whether the replica answers nobody in time, and it is not yet time to see again."""
+        count, since = self._missed.get(index, (0, now))
+        return count >= _MISSES and (self.outstanding[index] > 0 or now - since < _SILENT_S)
 
     def load(self, index: int, now: float) -> float:
         """Calls under way there, ours and those that wait in the server's queue."""
@@ -194,12 +214,14 @@ class Balance:
             self._easing = {index: begun for index, begun in self._easing.items() if self.ease(index, now) < 1}
         if key is not None:
             for index in self.homes(key):
-                if fit(index) and not self.is_full(index, now):
+                if fit(index) and not self.is_full(index, now) and not self.is_silent(index, now):
                     return index
         first = self._drawn(draw, fit, None)
         second = None if first is None else self._drawn(draw, fit, first)
         if first is None or second is None:
             return first
+        if self._missed and self.is_silent(first, now) is not self.is_silent(second, now):
+            return second if self.is_silent(first, now) else first
         strengths = [self.weights[index] * self.ease(index, now) for index in (first, second)]
         work = [self.load(index, now) / strength for index, strength in zip((first, second), strengths, strict=True)]
         if work[0] == work[1]:  # mostly because both are idle: then they share by weight

@@ -72,10 +72,19 @@ def failure_of(error: asyncio.CancelledError | Exception, call: Call, clock: Clo
     return late
 
 
+def is_late(error: BaseException, call: Call, clock: Clock) -> bool:
+    """Whether the call was given up because its deadline has passed, by whoever it was."""
+    return isinstance(error, asyncio.CancelledError | DeadlineExceeded) and _has_passed(call, clock)
+
+
+def _has_passed(call: Call, clock: Clock) -> bool:
+    return call.deadline is not None and clock.monotonic() >= call.deadline - _SLACK_S
+
+
 def passed_deadline(call: Call, clock: Clock) -> DeadlineExceeded | None:
     """The failure behind a cancellation that the call's deadline caused; None if it is a cancellation."""
-    task, deadline = asyncio.current_task(), call.deadline
-    if task is None or task.cancelling() or deadline is None or clock.monotonic() < deadline - _SLACK_S:
+    task = asyncio.current_task()
+    if task is None or task.cancelling() or not _has_passed(call, clock):
         return None
     return DeadlineExceeded("the deadline passed before the answer was complete", sent=True)
 

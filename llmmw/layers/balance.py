@@ -13,7 +13,7 @@ from llmmw.call import Reply
 from llmmw.errors import ConfigError, RateLimited, Refused
 from llmmw.events import Rerouted
 from llmmw.fault import HURTS_CREDENTIAL, HURTS_ENDPOINT, Fault, FaultKind, classify
-from llmmw.layers.attempt import at_delivered_end, begun, exchange_of, failure_of
+from llmmw.layers.attempt import at_delivered_end, begun, exchange_of, failure_of, is_late
 from llmmw.layers.base import Bound, Positioned
 from llmmw.layers.breaker import BoundBreaker, CircuitBreaker
 from llmmw.layers.chooser import Chooser
@@ -51,7 +51,8 @@ class Balancer(Positioned):
 
     What is inside stands once for each replica, so each has a circuit, limits and connections of its own (a circuit
     also where the stack has no CircuitBreaker). One whose circuit is open gets nothing; when its rest is over it gets a
-    single call, and after that a part of its share that grows within `slow_start`. A call that failed in a way that
+    single call, and after that a part of its share that grows within `slow_start`. One where three deadlines in a row
+    have passed (which opens no circuit) gets one call at a time every five seconds. A call that failed in a way that
     another server may not share is made again at another replica, at once, as an ErrorRouter would at a fallback; the
     last replica asked repeats as a Retry inside allows. Fallbacks follow when no replica answers.
 
@@ -93,7 +94,8 @@ class Balancer(Positioned):
 
     def bind_group(self, handlers: Sequence[Handler], replicas: Replicas, env: Env) -> BoundBalancer:
         """Running state over one handler per replica."""
-        return BoundBalancer([_guarded(handler, env) for handler in handlers], replicas, env, self)
+        found = [_guarded(handler, env) for handler in handlers] if len(handlers) > 1 else handlers
+        return BoundBalancer(found, replicas, env, self)
 
 
 def _guarded(handler: Handler, env: Env) -> Handler:
@@ -116,7 +118,8 @@ class BoundBalancer(Bound):
         self._rules = rules
         self._key_of = rules.affinity if callable(rules.affinity) else _KEYS[rules.affinity]
         breakers = [route.breaker for route in self._routes]
-        self._breakers = tuple(breaker for breaker in breakers if isinstance(breaker, BoundBreaker))
+        unasked = CircuitBreaker().bind(self, env)  # of a sole endpoint, which nobody asked to give a circuit
+        self._breakers = tuple(found if isinstance(found, BoundBreaker) else unasked for found in breakers)
         found = BalanceRules(spill=rules.spill, room=rules.room, slow_start_s=float(rules.slow_start))
         self._chooser = Chooser(replicas, self._breakers, env, found)
         self.rests_since = self._chooser.rests_since
@@ -223,6 +226,8 @@ class BoundBalancer(Bound):
             self._chooser.end(index, generation)
             if not isinstance(error, asyncio.CancelledError | Exception):
                 raise
+            if is_late(error, call, self.env.clock):
+                self._chooser.missed(index)
             return failure_of(error, call, self.env.clock)
         # What was asked beside has spoken for the replica that answered; this one was only slow.
         speaks = reply.ok and not (self._hedged[index] and reply.endpoint not in {"", self._routes[index].name})

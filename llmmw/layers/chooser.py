@@ -120,6 +120,7 @@ class Chooser:
 
     def succeeded(self, index: int, model: str) -> None:
         """The replica answered."""
+        self._balance.answered(index)
         if not self._sick:
             return
         if (index, model) in self._sick:
@@ -127,6 +128,10 @@ class Chooser:
             self._balance.succeeded(index, self._env.clock.monotonic())
         elif not any(sick == index and self.is_resting(index, other) for sick, other in self._sick):
             self._balance.recovered(index)
+
+    def missed(self, index: int) -> None:
+        """A call's deadline passed there."""
+        self._balance.missed(index, self._env.clock.monotonic())
 
     def failed(self, index: int, model: str, exchange: int) -> None:
         """The replica did not answer as it should; one request that failed for many calls is one failure."""

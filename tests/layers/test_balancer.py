@@ -18,6 +18,7 @@ from llmmw import (
     Coalescer,
     ConfigError,
     Context,
+    Deadline,
     ErrorRouter,
     Fallback,
     OrderError,
@@ -315,6 +316,35 @@ async def test_a_server_that_hangs_is_left_for_the_other(clock: ManualClock) -> 
         again = [await engine.call(by(prompt=str(number))) for number in range(30)]
         assert clock.monotonic() < 1035  # ejected, so nobody waits for it again
     assert all(reply.ok for reply in again)
+
+
+@pytest.mark.parametrize("layers", [(), (TTLCache(60), Coalescer())])
+@pytest.mark.parametrize("agent", ["alice", None])
+def test_who_answers_nobody_in_time_is_nobodys_home(agent: str | None, layers: tuple[Any, ...]) -> None:
+    @manual_time
+    async def run(clock: ManualClock) -> None:
+        upstreams = servers(2, latency_s=0.1)
+        stack = Stack(Deadline(2), *layers, Balancer(), Retry(), CircuitBreaker(), Timeout(30))
+        async with stack.bind(upstreams, env=Env(clock=clock, seed=1)) as engine:
+            for number in range(8):
+                await engine.call(by(agent, f"well {number}"))
+            own = max(upstreams, key=lambda upstream: len(upstream.calls))
+            before, own.latency_s = len(own.calls), 1e6
+            late = 0
+            for number in range(60):
+                try:
+                    await engine.call(by(agent, f"hung {number}"))
+                except errors.DeadlineExceeded:
+                    late += 1
+            assert late == len(own.calls) - before <= 6  # three, and one in 5 s
+            own.latency_s = 0.1
+            await asyncio.sleep(5)
+            before = len(own.calls)
+            for number in range(20):
+                await engine.call(by(agent, f"well again {number}"))
+            assert len(own.calls) - before > 4
+
+    run()
 
 
 @manual_time
@@ -920,6 +950,15 @@ async def test_one_endpoint_has_nothing_to_choose(clock: ManualClock) -> None:
     assert upstream.calls[0].target == "as it was"
     layer = Balancer().bind(upstream, Env(clock=clock))
     assert (await layer(by())).ok
+
+
+@manual_time
+async def test_a_name_alone_gives_nobody_a_circuit(clock: ManualClock) -> None:
+    (upstream,) = servers(1)
+    upstream.fails = error_reply(500)
+    engine = Stack().bind(replicas_of(upstream, alias="mine"), env=Env(clock=clock, seed=1))
+    assert [(await engine.call(by(None, str(number)))).status for number in range(8)] == [500] * 8
+    await engine.aclose()
 
 
 @manual_time
