@@ -63,7 +63,14 @@ if sys.platform == "linux":
             self._ears.register(self._bell, select.POLLIN)
             self._asleep = False
             # Not before nobody can ring any more: its number may soon be that of another file.
-            weakref.finalize(self, os.close, self._bell).atexit = False
+            self._closing = weakref.finalize(self, os.close, self._bell)
+            self._closing.atexit = False
+            _boxes.add(self)
+
+        def forked(self) -> None:
+            """In a child: who takes from it is the parent's, and so is the bell. Before the child may close it."""
+            self._asleep = False
+            self._closing()
 
         def put(self, item: T, /) -> None:
             """See `Inbox`."""
@@ -91,8 +98,18 @@ if sys.platform == "linux":
             """Until somebody rings, or the time is over; returns what is left of it: all or nothing."""
             if timeout_s is not None and not self._ears.poll(math.ceil(timeout_s * 1000)):
                 return 0
-            os.eventfd_read(self._bell)
+            with contextlib.suppress(InterruptedError):  # by a signal: this call, unlike others, is not repeated
+                os.eventfd_read(self._bell)
             return timeout_s
+
+    _boxes: weakref.WeakSet[EventInbox[Any]] = weakref.WeakSet()
+
+    def _in_child() -> None:
+        for box in list(_boxes):
+            box.forked()
+        _boxes.clear()
+
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def inbox() -> Inbox[Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -83,3 +85,43 @@ def test_without_handles_it_is_a_queue(monkeypatch):
 def test_elsewhere_it_is_a_queue(monkeypatch):
     monkeypatch.setattr(inbox_module.sys, "platform", "darwin")
     assert isinstance(inbox(), QueueInbox)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has eventfd")
+def test_a_signal_ends_nobodys_sleep(box, monkeypatch):
+    known = signal.signal(signal.SIGUSR1, lambda *_: None)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(box.get(None)), daemon=True)
+    thread.start()
+    try:
+        for _ in range(20):  # some of them while it sleeps
+            time.sleep(0.001)
+            if thread.is_alive():
+                signal.pthread_kill(thread.ident, signal.SIGUSR1)
+        box.put(7)
+        thread.join(10)
+    finally:
+        signal.signal(signal.SIGUSR1, known)
+    assert found == [7]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has eventfd")
+def test_a_forked_child_has_no_handle_of_it_from_the_first_moment_on():
+    box = inbox_module.EventInbox()
+    thread = threading.Thread(target=box.get, args=(None,), daemon=True)
+    thread.start()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(box._bell)
+            box.put(1)  # it rings no bell, which may be anybody's file by now
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.fstat(box._bell)
+    box.put(1)
+    thread.join(10)
+    assert not thread.is_alive()
