@@ -70,6 +70,8 @@ class Ahead:
             found[key] = entry
             if self._clock.monotonic() > until:
                 break
+        if not found:
+            self._window = 0  # the next ones are long
         self._found = found
         self._until = self._clock.monotonic() + _KEPT_S
 

@@ -30,9 +30,9 @@ _VALUE = f"CASE WHEN mode = 1 AND filename IS NULL AND length(value) <= {MAX_VAL
 """A row of another kind reads as 0, which no value of ours is."""
 _SELECT = f"SELECT rowid, {_VALUE} FROM Cache WHERE key = ? AND raw = 1"  # noqa: S608 — constants only
 _SCAN = f"SELECT rowid, key, {_VALUE} FROM Cache WHERE raw = 1 ORDER BY rowid"  # noqa: S608 — likewise
-_FOLLOWING = (
-    "SELECT rowid, key, value FROM Cache WHERE rowid > ? AND raw = 1 AND mode = 1 AND filename IS NULL"
-    " AND length(value) <= ? ORDER BY rowid LIMIT ?"
+_FOLLOWING = (  # others count as well: of a hundred thousand long rows no more are looked at than are wanted
+    "SELECT rowid, key, CASE WHEN raw = 1 AND mode = 1 AND filename IS NULL AND length(value) <= ? THEN value END"
+    " FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?"
 )
 _AT_ONCE = 8
 _EXPIRED = (
@@ -208,11 +208,11 @@ class Table(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
         return row
 
     def following(self, row: int, count: int, max_bytes: int) -> Generator[tuple[int, object, object]]:
-        """Number, key and value of the rows after one, without longer values; close it, for it holds a transaction."""
-        cursor = self._connection.execute(_FOLLOWING, (row, max_bytes, count))
+        """Number, key and value of the next rows, except of longer ones; close it, for it holds a transaction."""
+        cursor = self._connection.execute(_FOLLOWING, (max_bytes, row, count))
         try:
             while some := cursor.fetchmany(_AT_ONCE):
-                yield from some
+                yield from (one for one in some if one[2] is not None)
         finally:
             cursor.close()
 

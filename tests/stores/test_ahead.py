@@ -184,6 +184,20 @@ async def test_broken_rows_and_long_ones_are_not_taken_along_and_are_dealt_with_
     database.close()
 
 
+async def test_of_many_long_rows_no_more_are_looked_at_than_are_taken_along(place):
+    store = DiskStore(place, Env(), max_bytes=2**26)
+    for number in range(60):
+        store.put(key(number), entry(b"l" * (20_000 if 2 <= number < 50 else 20)), 300)
+        await settled(store)
+    for number in range(2):
+        assert await store.get(key(number)) is not None
+    assert store._keeper.ahead._found == {}  # not the short ones behind the long ones
+    for number in range(2, 30):
+        assert len((await store.get(key(number))).data) == 20_000
+    assert store._keeper.ahead._window == 0
+    await store.aclose()
+
+
 async def test_damage_found_while_reading_ahead_is_nobodys_miss(place, monkeypatch):
     store = await filled(place)
     assert await store.get(key(0)) is not None
