@@ -176,7 +176,10 @@ class Inquiry:
         return await self._at_home(lambda: self._get(path, _LIMIT_S if limit_s is None else limit_s))
 
     def _settle(self, here: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._pid = here, os.getpid()
+        task, pid = self._task, os.getpid()
+        if task is not None and not task.done() and (task.get_loop() is not here or pid != self._pid):
+            self._task = None  # its loop ended before it did
+        self._loop, self._pid = here, pid
 
     def _begin(self) -> asyncio.Task[About]:
         task = self._task

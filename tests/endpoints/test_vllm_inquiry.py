@@ -358,6 +358,34 @@ async def test_a_dead_loop_takes_its_inquiry_along():
         await at.endpoint.aclose()
 
 
+async def test_nobody_waits_for_a_question_that_a_loop_left_when_it_stopped():
+    async with Server(__v1__models=never) as server:
+        endpoint = VLLMEndpoint(server.origin)
+        loop = asyncio.new_event_loop()
+
+        def ask_and_stop():  # as notebooks and other frameworks do; `asyncio.run` would cancel it
+            asked = loop.create_task(endpoint.discover())
+            while "/v1/models" not in server.asked:
+                loop.run_until_complete(asyncio.sleep(0.001))
+            return asked
+
+        def end(*tasks):
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+        asked = await asyncio.to_thread(ask_and_stop)
+        left = endpoint._inquiry._task
+        assert not left.done()
+        server.pages["/v1/models"] = PAGES["/v1/models"]
+        assert (await endpoint.discover()).version == "0.24.0"
+        assert endpoint.about.version == "0.24.0"
+        await asyncio.to_thread(end, asked, left)
+        await endpoint.aclose()
+
+
 async def test_the_inquiry_keeps_nothing_of_the_caller():
     class Held:
         pass
