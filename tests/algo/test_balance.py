@@ -371,3 +371,40 @@ def test_standing_says_what_admit_will_do(steps: list[str]) -> None:
                 tickets.append(ticket)
         elif tickets:
             circuit.record(tickets.pop(), step, now)  # type: ignore[arg-type]
+
+
+# ── who lets deadlines pass ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_who_answers_nobody_in_time_gets_one_call_every_few_seconds() -> None:
+    balance = made(2)
+    key = next(key for key in KEYS if balance.homes(key)[0] == 0)
+
+    def chosen(now: float, who: str | None) -> set[int | None]:
+        return {balance.choose(now, random.Random(seed).random, anyone, who) for seed in range(20)}
+
+    for now in (1.0, 2.0):
+        balance.missed(0, now)
+    assert chosen(2.0, key) == {0}  # two in a row are no sign yet
+    balance.answered(0)
+    for now in (3.0, 4.0, 5.0):
+        balance.missed(0, now)
+    assert chosen(9.9, key) == chosen(9.9, None) == {1}
+    assert chosen(10.0, key) == {0}
+    generation = balance.begin(0)
+    assert chosen(10.0, key) == chosen(10.0, None) == {1}  # one at a time
+    balance.end(0, generation)
+    balance.missed(0, 12.0)
+    assert chosen(16.9, key) == {1}
+    balance.answered(0)
+    assert chosen(16.9, key) == {0}
+
+
+def test_where_all_are_silent_all_are_asked() -> None:
+    balance = made(3)
+    for index in range(3):
+        for _ in range(3):
+            balance.missed(index, 1.0)
+    draw = random.Random(1).random
+    assert {balance.choose(1.0, draw, anyone, key) for key in (*KEYS, None)} == {0, 1, 2}
+    assert balance.choose(1.0, draw, lambda index: index == 2, "alice") == 2
