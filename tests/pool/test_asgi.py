@@ -339,6 +339,29 @@ async def test_closing_the_pool_breaks_off_what_is_not_read(sites):
         await response.body.read()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_closing_the_pool_waits_for_no_application_that_is_deaf(sites, begun):
+    asked, deaf = threading.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        await receive()
+        if begun:
+            await send(start())
+        asked.set()
+        await deaf.wait()
+
+    async def ask():
+        await (await site.ask()).body.read()
+
+    site = sites(app)
+    site.pool._drain_s = 0
+    call = asyncio.create_task(ask())
+    await until(asked)
+    await site.pool.aclose()
+    with pytest.raises(AmbiguousOutcome, match="the pool was closed"):
+        await asyncio.wait_for(call, PATIENCE_S)
+
+
 def test_a_reader_whose_loop_has_ended_is_a_client_that_has_left():
     go, left = threading.Event(), threading.Event()
 

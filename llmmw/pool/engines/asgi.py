@@ -99,8 +99,10 @@ class AppEngine:
                 answer.abandon()
 
     async def aclose(self) -> None:
-        """Let go of every answer."""
-        self.drop()
+        """Let go of every answer; whoever waits for one hears of it."""
+        if self._host.is_here():
+            for answer in list(self._answers):
+                await answer.aclose()
 
 
 @functools.lru_cache(maxsize=256)
@@ -185,8 +187,10 @@ class _Answer:
         return self._pieces.popleft()
 
     async def aclose(self) -> None:
-        """Tell the application that nobody reads on. Idempotent."""
+        """Tell the application that nobody reads on, and whoever does, without waiting for its end. Idempotent."""
         self.abandon()
+        _wake(self._headed)
+        _wake(self._arrival)
 
     def abandon(self) -> None:
         """The same without awaiting."""
