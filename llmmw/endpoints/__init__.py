@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from llmmw.endpoints.base import Endpoint, counted
 from llmmw.errors import ConfigError
@@ -45,9 +45,12 @@ def endpoint_at(place: object, **options: Any) -> Endpoint:
         ConfigError: the URL or an option cannot work, or there are options besides an endpoint.
     """
     if not _is_endpoint(place):
+        if not isinstance(place, str):
+            must = "must be a URL such as http://127.0.0.1:8000/v1, an Endpoint, or a list of such"
+            raise ConfigError(f"base_url: {must}; got {type(place).__name__}")
         from llmmw.endpoints.openai import HTTPEndpoint  # noqa: PLC0415 — loads the HTTP engine
 
-        return HTTPEndpoint(cast("str", place), **options)
+        return HTTPEndpoint(place, **options)
     given = [name for name, value in options.items() if value is not None and value != ()]
     if given:
         raise ConfigError(f"{', '.join(given)}: belongs to the endpoint; give it to {type(place).__name__}(...)")

@@ -125,7 +125,7 @@ def replicas_of(value: object, make: Callable[[Any], Endpoint] = as_endpoint, *,
         return value
     given: list[Any] = [*value] if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  # a user's list
     if not given:
-        raise ConfigError("endpoints=[]: name at least one")
+        raise ConfigError("[]: a list of replicas must name at least one")
     places = [each.endpoint if isinstance(each, Replica) else each for each in given]
     weights = tuple(float(each.weight) if isinstance(each, Replica) else 1.0 for each in given)
     for at, place in enumerate(places):

@@ -890,6 +890,12 @@ def test_a_list_that_cannot_work_is_refused(places: list[Any], said: str) -> Non
         Stack().bind(places)
 
 
+@pytest.mark.parametrize("place", [{"http://h/v1", "http://i/v1"}, {"http://h/v1": 2}, ["http://h/v1", 7], None])
+def test_a_client_says_what_it_takes(place: Any) -> None:
+    with pytest.raises(ConfigError, match=r"base_url: must be a URL .* or a list of such; got"):
+        llmmw.Client(place)
+
+
 def test_two_credentials_at_one_url_are_two_replicas() -> None:
     found = replicas_of([HTTPEndpoint("http://h/v1", "one"), HTTPEndpoint("http://h/v1", "two")])
     assert found.labels == ("http://h:80/v1", "http://h:80/v1 #2")
