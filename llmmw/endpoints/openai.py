@@ -21,7 +21,7 @@ from llmmw.pool import ConnectionPool
 from llmmw.pool.guard import Guard, check_headers, check_url, host_names, is_loopback, origin_of
 from llmmw.settings import accepting, instance, switch, text
 from llmmw.wire import HOP_BY_HOP, PATHS, HTTPRequest, read_any_answer, url_of, without_query
-from llmmw.wire.secrets import secrets_of
+from llmmw.wire.secrets import Secrets, secrets_of
 from llmmw.wire.sse import StreamWatch
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
     from llmmw.pool import BoundPool, Response
     from llmmw.wire import Headers
-    from llmmw.wire.secrets import Secrets
 
 MAX_ERROR_BYTES = 64 * 1024
 """A refusal is read up to here; what is longer is no message."""
 _REDIRECT, _ERROR = 300, 400
 _REMEMBERED = 256
+_SALT = 8
+"""A shorter cache_salt hides nothing: anybody can guess it."""
 POOL_EXAMPLE = "ConnectionPool(max_connections=100)"
 
 
@@ -213,6 +214,9 @@ class HTTPEndpoint:
             # Hidden here, because what a refusal says ends up in messages, attempts and logs.
             hidden = self._secrets_of(request)
             data = hidden.hide_bytes(await response.body.read(MAX_ERROR_BYTES))
+            salt = call.payload.get("cache_salt")  # servers quote the whole body that they refuse
+            if isinstance(salt, str) and len(salt) >= _SALT:
+                data = Secrets(frozenset({salt})).hide_bytes(data)
             return Reply(data=data, status=status, headers=hidden.hide_headers(headers), endpoint=self._name)
         if status >= _REDIRECT and not isinstance(call.native, HTTPRequest):
             await response.body.aclose()

@@ -238,6 +238,23 @@ async def test_a_calls_own_salt_goes_before_it(server):
     assert await salts_of(server, chat(cache_salt="own"), cache_salt=SECRET) == ["own"]
 
 
+@pytest.mark.parametrize(("options", "own"), [({"cache_salt": SECRET}, {}), ({}, {"cache_salt": 'said "by" hand'})])
+async def test_a_salt_is_not_in_what_a_server_says_about_a_body_that_it_refuses(options, own):
+    def quote(request, writer):
+        writer.write(answer_bytes(400, json.dumps({"detail": [{"input": json.loads(request.body)}]}).encode()))
+        return asyncio.sleep(0)
+
+    front = By(always=quote)
+    async with RawServer(front) as server:
+        endpoint = VLLMEndpoint(server.origin, **options)
+        reply = await endpoint(chat(**own))
+        await endpoint.aclose()
+    salt = json.loads(front.chats[0].body)["cache_salt"]
+    assert reply.status == 400
+    assert json.dumps(salt).encode()[1:-1] not in reply.data
+    assert b'"cache_salt": "***"' in reply.data
+
+
 @pytest.mark.parametrize("value", ["short", "", 5, b"bytes that are long enough", ["x" * 20]])
 def test_a_salt_that_could_be_guessed_is_refused_without_being_shown(value):
     with pytest.raises(ConfigError, match="cache_salt") as caught:
