@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llmmw.answer import NO_USAGE
@@ -311,6 +312,6 @@ class Engine(Forgetting, Keeping, Changing, Figures):
             note_or_raise(error, problem)
 
     def __repr__(self) -> str:
-        layers = " > ".join(role for role, _ in self._bounds)
+        layers = " > ".join(role for role, _ in groupby(name for name, _ in self._bounds))  # once for all endpoints
         where = ", ".join(endpoint.name for endpoint in self._endpoints)
         return f"Engine({layers or 'no layers'} -> {where}{', closed' if self._closed else ''})"

@@ -947,6 +947,12 @@ def test_explain_prints_the_replicas_and_the_balancer_they_need() -> None:
     assert llmmw.SyncClient("http://127.0.0.1:9/v1").explain().count("balance") == 0
 
 
+def test_an_engine_names_each_layer_once() -> None:
+    engine = Stack(Coalescer(), Balancer(), Retry(), CircuitBreaker()).bind(servers(3))
+    named = "coalesce > balance > retry > breaker -> http://r0.test/v1, http://r1.test/v1, http://r2.test/v1"
+    assert repr(engine) == f"Engine({named})"
+
+
 @manual_time
 async def test_one_endpoint_has_nothing_to_choose(clock: ManualClock) -> None:
     upstream = Server(0)
