@@ -53,6 +53,11 @@ class Row(msgspec.Struct):
         """Median of the repeats; NaN without one."""
         return statistics.median(sample.wall_s for sample in self.samples) if self.samples else math.nan
 
+    @property
+    def lossy(self) -> bool:
+        """Whether a wave lost answers, and so took less time than its work."""
+        return any(sample.failures for sample in self.samples)
+
     def figures(self) -> dict[str, float | int | None]:
         """The row's numbers; None where there is none.
 
@@ -120,8 +125,8 @@ def paired_ratio(one: Row, other: Row) -> float:
 
 
 def claims(rows: Iterable[Row]) -> list[Claim]:
-    """What these rows say about the promises; nothing about what was not measured."""
-    by = {(row.shape, row.calls): row for row in rows if row.samples}
+    """What these rows say about the promises; nothing about what was not measured, or lost answers."""
+    by = {(row.shape, row.calls): row for row in rows if row.samples and not row.lossy}
     found: list[Claim] = []
     for shape, most in (("one-by-one", None), ("client", MOST_AGENTS)):
         if (shape, 1) in by and (shape, AGENTS) in by:
@@ -129,7 +134,7 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
     counts = sorted({calls for _, calls in by}, reverse=True)
     for calls in counts:
         ours = by.get(("generate-batch", calls))
-        bare = [by[shape, calls] for shape in BARE_SHAPES if (shape, calls) in by and not _failed(by[shape, calls])]
+        bare = [by[shape, calls] for shape in BARE_SHAPES if (shape, calls) in by]
         if calls >= BATCH_FROM and ours is not None and bare:
             best = min(bare, key=lambda row: row.wall_s)
             text = f"generate-batch: {calls} at once over the best bare shape ({best.shape})"
@@ -141,8 +146,3 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
 def _claim(text: str, one: Row, other: Row, most: float | None) -> Claim:
     least = [min(sample.wall_s for sample in row.samples) for row in (one, other)]
     return Claim(text, paired_ratio(one, other), least[0] / max(1e-9, least[1]), most)
-
-
-def _failed(row: Row) -> bool:
-    """Whether a wave lost answers, and so took less time than its work."""
-    return any(sample.failures for sample in row.samples)

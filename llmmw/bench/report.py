@@ -22,7 +22,7 @@ _OURS = ("client", "generate-batch", "engine")
 def table(rows: Sequence[Row], *, title: str) -> Any:
     """A rich Table, a section for each number of calls.
 
-    "x best" compares wall times with the least of the section; "~" marks what is extrapolated.
+    "x best" compares wall times with the least of the section that lost no answer; "~" marks what is extrapolated.
     """
     from rich.table import Table  # noqa: PLC0415 — belongs to the extra
 
@@ -32,9 +32,9 @@ def table(rows: Sequence[Row], *, title: str) -> Any:
     for name in ("wall s", "x best", "tokens/s", "p50 s", "p99 s", "CPU ms/call", "failed"):
         found.add_column(name, justify="right", no_wrap=True)
     for at, row in enumerate(rows):
-        section = [other.wall_s for other in rows if other.calls == row.calls and other.samples]
+        whole = [other for other in rows if other.calls == row.calls and other.samples and not other.lossy]
         last = at + 1 == len(rows) or rows[at + 1].calls != row.calls
-        found.add_row(*_cells(row, min(section, default=0.0)), end_section=last)
+        found.add_row(*_cells(row, min((other.wall_s for other in whole), default=0.0)), end_section=last)
     return found
 
 
@@ -42,7 +42,7 @@ def _cells(row: Row, best_s: float) -> list[str]:
     name, figures = f"{row.shape}{'~' if row.measured_at else ''}", row.figures()
     if not row.samples:
         return [str(row.calls), name, "skipped" if row.skipped else "-"]
-    ratio = f"{row.wall_s / max(1e-9, best_s):.2f}"
+    ratio = f"{row.wall_s / best_s:.2f}" if best_s else ""
     cells = [_figure(figures[key]) for key in ("tokens_per_s", "p50_s", "p99_s", "cpu_ms")]
     return [str(row.calls), name, _figure(row.wall_s), ratio, *cells, str(figures["failures"] or "")]
 

@@ -136,10 +136,12 @@ async def look(target: Target) -> Target:
         a vLLM server as one.
 
     Raises:
-        ConfigError: it does not know the model.
+        ConfigError: it does not know the model, or the URL has a query.
         LLMMWError: it is not there, or refuses.
     """
     await client_of(target).aclose()  # its options are checked before anybody is asked
+    if "?" in target.base_url:  # and it would be written into the report
+        raise ConfigError("base_url: must be without a query, which bare clients cannot pass on; name a key apart")
     endpoint = VLLMEndpoint(target.base_url, target.api_key, load_interval=None)
     async with Client(endpoint, stack=Stack()) as client:
         try:

@@ -65,6 +65,11 @@ def test_the_batch_claim_is_about_the_largest_wave_and_the_best_bare_shape_that_
     assert "(batch)" in claim.text
 
 
+def test_nothing_is_claimed_of_a_wave_that_lost_answers_and_so_took_less_time():
+    rows = [row("client", 1, 1.0), row("client", 4, 1.0, failures=2), row("batch", 64, 2.0)]
+    assert claims([*rows, row("generate-batch", 64, 0.5, failures=60)]) == []
+
+
 def test_the_least_of_each_shows_what_other_programs_cost():
     (claim,) = claims([row("client", 1, 1.0, 1.1, 3.0), row("client", 4, 2.0, 2.2, 1.05)])
     assert (claim.ratio, claim.least) == (2.0, 1.05)
@@ -109,3 +114,8 @@ def test_the_table_and_the_values_have_every_row():
     values = as_values(rows, {"label": "t"})
     assert [one["figures"]["wall_s"] for one in values["rows"]] == [0.5, None, None, 12.0]
     assert values["claims"] == []
+
+
+def test_the_best_of_a_section_lost_no_answer():
+    rows = [row("sdk", 4, 0.1, failures=4), row("client", 4, 2.0), row("list", 4, 3.0), row("sdk", 8, 1.0, failures=1)]
+    assert list(table(rows, title="t").columns[3].cells) == ["0.05", "1.00", "1.50", ""]

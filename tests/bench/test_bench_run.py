@@ -194,6 +194,12 @@ async def test_a_refused_credential_is_the_servers_own_words():
         assert (await look(Target(server.base_url, "", "right"))).model == "llmmw-embedded"
 
 
+async def test_a_query_with_a_secret_is_refused_and_not_shown():
+    with pytest.raises(ConfigError, match="base_url: must be without a query") as caught:
+        await look(Target("http://127.0.0.1:1/v1?key=sk-hidden", "m"))
+    assert "hidden" not in str(caught.value)
+
+
 async def test_a_server_that_is_not_there_or_stays_silent_is_an_error_of_ours(monkeypatch):
     with pytest.raises(LLMMWError, match=r"127\.0\.0\.1"):
         await look(Target("http://127.0.0.1:1/v1", "m"))
