@@ -26,7 +26,8 @@ def question(text) -> dict:
 
 
 def held() -> tuple[int, list[str]]:
-    """Open descriptors, and llmmw's threads."""
+    """Open descriptors, and llmmw's threads; without what an earlier test has left to the collector."""
+    gc.collect()
     count = 0
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own
