@@ -75,6 +75,8 @@ class Hosting:
         self._failure: ConfigError | ConnectionFailed | None = None
         self._stop = asyncio.Event()
         self._closed = False
+        self._turn = threading.RLock()  # not a plain one: a finaliser may call `end` anywhere
+        """Clients on several threads may share it, and it starts once, or not at all."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._thread: threading.Thread | None = None
 
@@ -156,9 +158,10 @@ class Hosting:
         """
         if self._hosted is not None and self.is_here():
             return
-        if self._closed:
-            raise Closed(f"the {self._label} is closed")
-        opened = self._opened or self._start()
+        with self._turn:
+            if self._closed:
+                raise Closed(f"the {self._label} is closed")
+            opened = self._opened or self._start()
         if not self.is_here():
             raise ConnectionFailed(self.broken() or "")
         try:
@@ -227,7 +230,8 @@ class Hosting:
 
     def end(self) -> None:
         """Close it without waiting; from any thread. Idempotent."""
-        self._closed = True
+        with self._turn:
+            self._closed = True
         if self._loop is not None and self.is_here():
             with contextlib.suppress(RuntimeError):  # its loop has ended, and it with it
                 self._loop.call_soon_threadsafe(self._stop.set)

@@ -1,6 +1,7 @@
 """`Hosting`: one application, opened once and closed once, whatever becomes of the loops of its callers."""
 
 import asyncio
+import contextlib
 import importlib
 import threading
 from contextlib import asynccontextmanager
@@ -47,6 +48,26 @@ async def begun(life):
 
 def is_alone():
     return not [thread for thread in threading.enumerate() if thread.name.startswith("llmmw application")]
+
+
+def test_callers_on_two_threads_open_it_once(monkeypatch):
+    meeting, first, life = threading.Barrier(2), hosting_module.Future, Life()
+
+    def meet():  # where both would be past the look whether it was opened
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(0.2)
+        return first()
+
+    host = Hosting(life)
+    monkeypatch.setattr(hosting_module, "Future", meet)
+    threads = [threading.Thread(target=asyncio.run, args=(host.ready(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert (life.opened, host.state) == (1, "running")
+    asyncio.run(host.aclose())
+    assert (life.closed, is_alone()) == (1, True)
 
 
 async def test_many_callers_open_it_once_on_a_thread_of_its_own():
