@@ -18,7 +18,7 @@ from soak import MODEL, QUIET_S, RawProcess, Soak, faults
 from llmmw import Client, ConnectionPool, LLMMWError, Stack
 from llmmw.testing.server import ServerConfig, server_process
 
-CALLS = int(os.environ.get("CHAOS_CALLS", "1000"))
+CALLS = int(os.environ.get("CHAOS_CALLS", "700"))
 
 
 @pytest.fixture(scope="module")
