@@ -90,7 +90,7 @@ class Bench:
         try:
             async with shape.open(self.target) as ask_all:
                 if not self.plan.cold:
-                    warm = Tally()
+                    warm = Tally(self.target.api_key)
                     count = 1 if shape.sequential else row.calls
                     await ask_all(self._prompts(count), 1, warm)
                     if warm.failures == count:
@@ -98,7 +98,7 @@ class Bench:
                         return
                 prompts = self._prompts(row.calls)
                 gc.collect()  # the rubbish of the wave before is not this one's
-                tally, cpu = Tally(), process_time()
+                tally, cpu = Tally(self.target.api_key), process_time()
                 await ask_all(prompts, self.target.max_tokens, tally)
                 cpu, wall_s = process_time() - cpu, SYSTEM_CLOCK.monotonic() - tally.began
         except LLMMWError as error:

@@ -12,6 +12,7 @@ from llmmw.answer import items, usage_of
 from llmmw.env import SYSTEM_CLOCK
 from llmmw.errors import MissingExtra, ProtocolError, StatusError
 from llmmw.stack import Stack
+from llmmw.wire.secrets import Secrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -50,9 +51,14 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Tally:
-    """What became of the calls of one wave."""
+    """What became of the calls of one wave.
 
-    def __init__(self) -> None:
+    Args:
+        api_key: not to be in what is said about them; bare clients quote what a server says.
+    """
+
+    def __init__(self, api_key: str | None = None) -> None:
+        self._secrets = Secrets(frozenset({api_key} if api_key else ()))
         self.latencies_s: list[float] = []
         self.tokens = 0
         self.failures = 0
@@ -68,7 +74,7 @@ class Tally:
     def failed(self, error: BaseException, count: int = 1) -> None:
         """So many calls have no answer."""
         self.failures += count
-        self.said = self.said or " ".join(f"{type(error).__name__}: {error}".split())[:_SAID]
+        self.said = self.said or " ".join(self._secrets.hide(f"{type(error).__name__}: {error}").split())[:_SAID]
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -134,7 +140,7 @@ async def _posting(target: Target) -> AsyncGenerator[Callable[[str, dict[str, An
             body = {"model": target.model, "temperature": 0, **body}
             async with session.post(f"{base}/{path}", json=body) as response:
                 if response.status >= _REFUSED:
-                    raise StatusError(f"{response.status}: {(await response.text())[:_SAID]}", status=response.status)
+                    raise StatusError(f"{response.status}: {await response.text()}", status=response.status)
                 found: dict[str, Any] = await response.json()
                 return found
 

@@ -134,6 +134,24 @@ def test_the_credential_is_not_in_the_repr():
     assert "secret" not in repr(Target("http://x/v1", "m", "secret"))
 
 
+@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize("name", ["aiohttp", "list", "client", "generate-batch", "sdk"])
+async def test_a_credential_that_the_server_quotes_is_told_by_no_shape(name, cold):
+    key = "key-of-mine-" + "x" * 80  # the report has 300 characters of a refusal
+
+    async def quote(request, writer):
+        said = {"error": {"message": f"no such key: {request.headers['authorization']}", "type": "auth"}}
+        writer.write(answer_bytes(401, json.dumps(said).encode()))
+
+    async with RawServer(quote) as server:
+        found = Bench(Target(server.origin + "/v1", "m", key), Plan(shapes(name), (1,), repeats=1, cold=cold))
+        await found.run(lambda *_: None)
+    (row,) = found.rows()
+    assert "401" in row.said + row.skipped
+    assert "no such key" in row.said + row.skipped
+    assert key[:20] not in row.said + row.skipped
+
+
 def test_a_failure_is_told_in_one_short_line():
     tally = Tally()
     tally.failed(ValueError("a\nb" + "c" * 999))
