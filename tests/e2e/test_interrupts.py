@@ -12,7 +12,8 @@ from llmmw.testing.fake import chat_body
 from llmmw.testing.rawserver import RawServer, answer_bytes
 
 HEAD = """
-import asyncio, logging, sys, threading, time
+import asyncio, logging, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a loaded machine's slow callbacks are no news
 from llmmw import Batcher, Client, Closed, Coalescer, RateLimiter, Retry, Stack, SyncClient, Timeout, TTLCache
 from llmmw.engine import closing
