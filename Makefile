@@ -29,8 +29,10 @@ $(READY): requirements/dev.txt requirements/sdk-openai2.txt pyproject.toml
 demo: $(READY)  ## the main job, three ways, on the embedded model server
 	$(BIN)/llmmw demo --json out/demo.json --chart out/demo.png
 
-test: $(READY)  ## all tests that need no vLLM, on up to four cores
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+# One more than there are processors: tests wait for sockets and other processes half of their time.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+test: $(READY)  ## all tests that need no vLLM, on WORKERS processes (at most 4)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 cases: $(READY)  ## the specification's cases, the tests that prove them, and how they end
 	$(BIN)/python tests/cases.py
