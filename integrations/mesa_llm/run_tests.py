@@ -130,7 +130,7 @@ def sources(pair: Pair) -> Path | None:
         place.mkdir(parents=True, exist_ok=True)
         fetched = subprocess.run([str(pair.interpreter), "-m", "pip", "--version"], capture_output=True, check=False)
         if fetched.returncode:
-            run([str(pair.interpreter), "-m", "ensurepip", "-q"])
+            run([str(pair.interpreter), "-m", "ensurepip"])
         options = ["-q", "--no-deps", "--no-binary", "mesa-llm", "--no-build-isolation", "-d", str(place)]
         command = [str(pair.interpreter), "-m", "pip", "download", *options, f"mesa-llm=={pair.mesa_llm}"]
         if subprocess.run(command, check=False).returncode:

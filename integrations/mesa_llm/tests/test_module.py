@@ -173,7 +173,7 @@ def test_mesa_06_a_missing_package_is_told_at_once(llm, server, monkeypatch):
         try:
             raise ModuleNotFoundError("No module named 'mcp'")
         except ModuleNotFoundError as error:
-            raise litellm.APIConnectionError(message=str(error), llm_provider="openai", model=MODEL)  # noqa: B904
+            raise litellm.APIConnectionError(message=str(error), llm_provider="openai", model=MODEL)  # noqa: B904 — as LiteLLM raises it
 
     asked = []
     monkeypatch.setattr("mesa_llm.module_llm.acompletion", lambda **kwargs: asked.append(1) or broken(**kwargs))

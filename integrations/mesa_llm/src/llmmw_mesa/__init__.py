@@ -6,18 +6,20 @@ with install(enable_caching=True, rpm=600):
 model.run_model()
 """
 
+from llmmw_mesa.asking import one_shot
 from llmmw_mesa.checks import Finding, check
 from llmmw_mesa.collect import agent_reporters, model_reporters
 from llmmw_mesa.installing import install, is_installed, uninstall
-from llmmw_mesa.module import ModuleLLM, one_shot
+from llmmw_mesa.module import ModuleLLM
 from llmmw_mesa.options import Options
 from llmmw_mesa.parallel import (
     disable_automatic_parallel_stepping,
     enable_automatic_parallel_stepping,
     last_report,
 )
+from llmmw_mesa.report import Result, StepError, StepReport
 from llmmw_mesa.shared import close_all, global_stats
-from llmmw_mesa.stepping import Result, StepError, StepReport, astep_agents, step_agents
+from llmmw_mesa.stepping import astep_agents, step_agents
 
 __all__ = [
     "Finding", "ModuleLLM", "Options", "Result", "StepError", "StepReport", "agent_reporters", "astep_agents", "check",

@@ -16,7 +16,8 @@ import mesa_llm.module_llm as upstream
 
 from llmmw import ConfigError
 from llmmw_mesa import acting
-from llmmw_mesa.module import METHODS, Installed
+from llmmw_mesa.asking import Installed
+from llmmw_mesa.module import METHODS
 from llmmw_mesa.options import Options
 from llmmw_mesa.parallel import Patch, disable_automatic_parallel_stepping, enable_automatic_parallel_stepping
 

@@ -6,10 +6,13 @@ import importlib
 import importlib.util
 import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmmw import ConfigError
-from llmmw_mesa.stepping import StepReport, step_agents
+from llmmw_mesa.stepping import step_agents
+
+if TYPE_CHECKING:
+    from llmmw_mesa.report import StepReport
 
 _MISSING: Any = object()
 _MODES = {"asyncio": "overlap", "threading": "overlap", "overlap": "overlap", "snapshot": "snapshot"}
@@ -133,8 +136,8 @@ def _parallel(before: Any) -> Any:
             return before(self, method, *args, **kwargs)
         report = step_agents(
             self,
-            mode=_stepping.mode,  # type: ignore[arg-type]  # checked when it was set
-            on_error=_stepping.on_error,  # type: ignore[arg-type]  # likewise
+            mode=_stepping.mode,  # type: ignore[arg-type]  # — checked when it was set
+            on_error=_stepping.on_error,  # type: ignore[arg-type]  # — as above
             timeout=_stepping.request_timeout,
             max_concurrency=_stepping.max_concurrent,
         )
