@@ -106,7 +106,12 @@ async def test_a_bad_priority_stays_the_callers_mistake(vllm):
 async def test_a_cancelled_call_frees_its_place(vllm):
     before = await vllm.idle()
     async with Client(VLLMEndpoint(vllm.url), stack=Stack()) as client:
-        for ask in (client.chat(**vllm.long_question("cancelled")), anext(client.stream(**vllm.long_question("left")))):
+
+        async def read() -> None:
+            async for _ in client.stream(**vllm.long_question("left")):
+                pass
+
+        for ask in (client.chat(**vllm.long_question("cancelled")), read()):
             task = asyncio.create_task(ask)
             await vllm.busy()
             task.cancel()
