@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class Part:
     """An agent's step, as what runs for it sees it."""
 
-    __slots__ = ("agent", "over")
+    __slots__ = ("agent", "model", "over")
 
     def __init__(self, agent: Any) -> None:
         self.agent = agent
+        self.model = getattr(agent, "model", None)  # an agent that is removed in its step has none any more
         self.over = False
         """It was given up; a thread that goes on with it must not ask anything any more."""
 
@@ -59,6 +60,11 @@ def acting(agent: Any) -> Generator[Part]:
         yield part
     finally:
         _acting.reset(token)
+
+
+def current_part() -> Part | None:
+    """The step that the running code belongs to."""
+    return _acting.get()
 
 
 def _agent() -> Any:

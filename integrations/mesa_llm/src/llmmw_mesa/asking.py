@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import mesa_llm.module_llm as upstream
 
 from llmmw.call import Call
 from llmmw_mesa import acting
 from llmmw_mesa.failures import failed, refused
+from llmmw_mesa.figures import Account, Figures
 from llmmw_mesa.options import Options
 from llmmw_mesa.shared import Shared, shared_by
 from llmmw_mesa.upstream import Question, answer_of
@@ -44,22 +45,16 @@ class State:
         self.options = options
         """None: what `install()` was given."""
         self.token = acting.fresh_token()
-        self.lock = threading.Lock()
-        self.requests = self.hits = self.misses = self.joined = self.errors = 0
+        self.figures = Figures()
+        """Of all its calls."""
+        self.alone = Figures()
+        """Of those that belong to no agent's step."""
+        self.owners: WeakSet[Any] = WeakSet()
+        """Agents that were seen to have it; `collect.py` asks."""
         self.shared: Shared | None = None
 
     def __reduce__(self) -> tuple[type[State], tuple[Options | None]]:
         return State, (self.options,)
-
-    def count(self, reply: Reply | None) -> None:
-        """One call has ended."""
-        source = None if reply is None else reply.source
-        with self.lock:
-            self.requests += 1
-            self.hits += source == "cache"
-            self.joined += source == "coalesced"
-            self.misses += source != "cache"
-            self.errors += reply is None or not reply.ok
 
 
 class Installed:
@@ -111,19 +106,19 @@ def _messages(llm: Any, prompt: Any, system_prompt: str | None) -> list[dict[str
 
 
 def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once: bool) -> Call:
-    options = shared.identity.options
+    options, state = shared.identity.options, state_of(llm)
     payload = {name: value for name, value in kwargs.items() if value is not None and name != "api_base"}
     if "response_format" in payload:
         payload["response_format"] = _schema(payload["response_format"])
     variant = [("mesa-run", str(options.run_seed))] if options.run_seed is not None else []
     if options.cache_scope == "agent":
-        variant.insert(0, ("mesa-agent", acting.scope(options.run_seed, state_of(llm).token)))
+        variant.insert(0, ("mesa-agent", acting.scope(options.run_seed, state.token)))
     return Call(
         "chat",
         llm.llm_model,
         payload,
         context=acting.context_of_call(llm),
-        native=Question(kwargs, plain, once),
+        native=Question(kwargs, plain, once, Account(acting.current_part(), state.figures, state.alone)),
         target=shared.name,
         namespace=shared.identity.namespace,
         variant=tuple(variant),
@@ -151,9 +146,8 @@ def kwargs_of(llm: Any, prompt: Any, tools: Any, choice: Any, format_: Any, syst
     return found
 
 
-def _value(llm: Any, outcome: Reply | Exception) -> Any:
-    reply = None if isinstance(outcome, Exception) else outcome
-    state_of(llm).count(reply)
+def _value(llm: Any, call: Call, outcome: Reply | Exception) -> Any:
+    call.native.account.ended(None if isinstance(outcome, Exception) else outcome)
     try:
         if isinstance(outcome, Exception):
             raise _rewritten(llm, failed(outcome, llm.llm_model))
@@ -190,7 +184,7 @@ def ask(llm: Any, kwargs: dict[str, Any], *, once: bool) -> Any:
         outcome = shared.engine(llm).call_sync(call)
     except Exception as error:  # noqa: BLE001 — raised below, as what Mesa-LLM's users know
         outcome = error
-    return _value(llm, outcome)
+    return _value(llm, call, outcome)
 
 
 async def aask(llm: Any, kwargs: dict[str, Any]) -> Any:
@@ -202,4 +196,4 @@ async def aask(llm: Any, kwargs: dict[str, Any]) -> Any:
         outcome = await shared.engine(llm).call(call)
     except Exception as error:  # noqa: BLE001 — as above
         outcome = error
-    return _value(llm, outcome)
+    return _value(llm, call, outcome)

@@ -87,15 +87,15 @@ def get_performance_stats(self: Any) -> dict[str, Any]:
     figures of the first six.
     """
     state, found = state_of(self), dict(shared_of(self).stats())
-    with state.lock:
-        own = {
-            "request_count": state.requests,
-            "cache_hits": state.hits,
-            "cache_misses": state.misses,
-            "cache_hit_rate": state.hits / state.requests if state.requests else 0.0,
-            "coalesced": state.joined,
-            "errors": state.errors,
-        }
+    mine = state.figures.snapshot()
+    own = {
+        "request_count": mine["calls"],
+        "cache_hits": mine["hits"],
+        "cache_misses": mine["calls"] - mine["hits"],
+        "cache_hit_rate": mine["hits"] / mine["calls"] if mine["calls"] else 0.0,
+        "coalesced": mine["joined"],
+        "errors": mine["failures"],
+    }
     return found | {"shared": {name: found[name] for name in own}} | own
 
 

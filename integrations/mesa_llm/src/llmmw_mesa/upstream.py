@@ -16,6 +16,7 @@ from llmmw.call import Reply
 from llmmw.endpoints.base import counted
 from llmmw.env import Env
 from llmmw.pool.guard import is_loopback
+from llmmw_mesa.figures import Account  # noqa: TC001 — msgspec evaluates it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,8 @@ class Question(msgspec.Struct, frozen=True):
     """From plain code: `completion` is meant, where somebody has put their own in its place."""
     once: bool = False
     """Exactly one attempt: however it ends, that is the end."""
+    account: Account | None = None
+    """On whom it is counted."""
 
 
 class OnlyTry(Exception):
@@ -74,13 +77,18 @@ class LiteLLMEndpoint:
 
     async def _work(self, call: Call) -> Reply:
         question: Question = call.native
+        if question.account is not None:
+            question.account.sent()
         try:
             answer = await self._ask(question)
         except Exception as error:
             if question.once:
                 raise OnlyTry(error) from error
             return told(error)
-        return reply_of(answer)
+        reply = reply_of(answer)
+        if question.account is not None:
+            question.account.used(reply.usage)
+        return reply
 
     async def _ask(self, question: Question) -> Any:
         ask, ask_plain = _original(upstream.acompletion), _original(upstream.completion)
