@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, dataclass_
 from llmmw.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,6 +73,23 @@ def accepting(function: Callable[P, R]) -> Callable[P, R]:
             raise  # not about the arguments
 
     return checked
+
+
+@contextlib.contextmanager
+def named_as_given(owner: str, options: Mapping[str, str]) -> Generator[None]:
+    """Let refusals inside name the option that the user gave.
+
+    Args:
+        owner: what it was given to.
+        options: by the layer's option ("Retry(attempts="), the user's ("max_attempts").
+    """
+    try:
+        yield
+    except ConfigError as error:
+        message = error.message
+        for theirs, ours in options.items():
+            message = message.replace(theirs, f"{owner}({ours}=")
+        raise type(error)(message) from None
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from llmmw import order
@@ -12,10 +11,10 @@ from llmmw.env import Env, disabled
 from llmmw.errors import ConfigError
 from llmmw.layers.base import Layer
 from llmmw.order import Finding, Role, Rule
-from llmmw.settings import accepting, instance, texts
+from llmmw.settings import accepting, instance, named_as_given, texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from llmmw.edges.function import Wrapped
@@ -100,7 +99,7 @@ class Stack:
                     f"{option}={value!r} without cache_ttl: say how long answers live, e.g. cache_ttl='12h'"
                 )
         chosen: list[Layer] = []
-        with _options_named_as_given():
+        with named_as_given("Stack.recommended", _GIVEN_AS):
             if deadline is not None:
                 chosen.append(Deadline(deadline))
             if cache_ttl is not None:
@@ -277,14 +276,3 @@ _GIVEN_AS = {
     "Timeout(total=": "timeout",
 }  # fmt: skip
 """The option of `Stack.recommended` behind a layer's own."""
-
-
-@contextmanager
-def _options_named_as_given() -> Generator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        message = error.message
-        for theirs, ours in _GIVEN_AS.items():
-            message = message.replace(theirs, f"Stack.recommended({ours}=")
-        raise type(error)(message) from None
