@@ -280,6 +280,7 @@ MAKERS = {
         "reply_spread": (-1, 2, NAN, "x"),
         "latency": WORD,
         "latency_s": (-1, NAN, INF, "1s", True),
+        "latency_spread": (-1, 2, NAN, "x"),
         "token_s": (-1, NAN, INF),
         "rpm": WHOLE,
         "limit_window_s": (0, -1, NAN, INF),

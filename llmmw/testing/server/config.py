@@ -55,6 +55,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(description="at once; after latency_s; or the continuous-batching model"),
     ] = "none"
     latency_s: Annotated[Seconds, Meta(description="fixed: seconds before the first token")] = 0.0
+    latency_spread: Annotated[
+        float, Meta(ge=0.0, le=1.0, description="fixed: latency_s * (1 +- this) instead, uniform, by the prompt")
+    ] = 0.0
     token_s: Annotated[Seconds, Meta(description="fixed: seconds per further token")] = 0.0
     step_s: Annotated[Seconds, Meta(description="engine: seconds per step, whatever it holds")] = 0.008
     prefill_s_per_token: Annotated[Seconds, Meta(description="engine: seconds per uncached prompt token")] = 25e-6

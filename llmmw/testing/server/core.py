@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
+from hashlib import shake_128
 from typing import Any, Final
 
 from .batches import Book
@@ -115,15 +116,25 @@ async def _at_once(group: Group) -> AsyncGenerator[None, None]:
     yield
 
 
+def first_token_s(config: ServerConfig, units: str | list[int]) -> float:
+    """Seconds before the first token of this prompt: whoever asks and whenever, the same ones."""
+    if not config.latency_spread:
+        return config.latency_s
+    digest = shake_128(f"{config.seed}\0{units}".encode("utf-8", "surrogatepass")).digest(4)
+    unit = int.from_bytes(digest, "big") / 2**32
+    return config.latency_s * (1.0 + config.latency_spread * (2.0 * unit - 1.0))
+
+
 async def _fixed(group: Group, config: ServerConfig) -> AsyncGenerator[None, None]:
     """``latency_s`` to the first token, ``token_s`` for each further one, whatever else is running."""
+    wait_s = first_token_s(config, group.sequences[0].units)
     longest = max(seq.output_tokens for seq in group.sequences)
     if not group.streaming or not config.token_s:
-        await asyncio.sleep(config.latency_s + config.token_s * (longest - 1))
+        await asyncio.sleep(wait_s + config.token_s * (longest - 1))
         _complete(group)
         yield
         return
-    due = time.monotonic() + config.latency_s
+    due = time.monotonic() + wait_s
     for number in range(1, longest + 1):
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         due += config.token_s

@@ -4,6 +4,7 @@ from contextlib import aclosing
 import pytest
 
 from llmmw.testing.server import ServerConfig
+from llmmw.testing.server.core import first_token_s
 from llmmw.testing.server.engine import Engine, Group, Sequence
 
 CHAT = "/v1/chat/completions"
@@ -185,6 +186,16 @@ async def test_metrics_show_what_runs_and_waits(serve, post, http):
         assert 'num_requests_waiting{engine="0",model_name="llmmw-embedded"} 1' in await response.text()
     server.configure(paused=False, step_s=0.0)
     await task
+
+
+def test_spread_latencies_are_uniform_and_a_prompts_own():
+    config = ServerConfig(latency="fixed", latency_s=0.5, latency_spread=0.6)
+    found = [first_token_s(config, f"prompt {number}") for number in range(1000)]
+    assert found == [first_token_s(config, f"prompt {number}") for number in range(1000)]
+    assert 0.2 <= min(found) < 0.21
+    assert 0.79 < max(found) <= 0.8
+    assert 0.48 < sum(found) / 1000 < 0.52
+    assert first_token_s(ServerConfig(latency="fixed", latency_s=0.5), "prompt") == 0.5
 
 
 async def test_fixed_latency_streams_and_answers(serve, post, http):
