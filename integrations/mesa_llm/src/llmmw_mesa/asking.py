@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ import mesa_llm.module_llm as upstream
 
 from llmmw.call import Call
 from llmmw_mesa import acting
+from llmmw_mesa.beside import Beside
 from llmmw_mesa.failures import failed, refused
 from llmmw_mesa.figures import Account, Figures
 from llmmw_mesa.options import Options
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     from llmmw import Reply
 
 _once: ContextVar[bool] = ContextVar("llmmw_mesa_once", default=False)
-STATE = "_llmmw_state"
+OPTIONS = "_llmmw_options"
+"""Attribute of a ModuleLLM of ours: with Mesa-LLM's own, all that copies and pickles carry."""
 _KEYLESS = frozenset({"OLLAMA", "OLLAMA_CHAT"})
+_NOT_ASKED = frozenset({"api_base", "num_retries", "max_retries", "fallbacks"})
+"""Arguments that say where and how often, not what."""
 
 
 @contextmanager
@@ -41,9 +46,7 @@ def one_shot() -> Generator[None]:
 class State:
     """What belongs to one ModuleLLM and not to its configuration; copies and pickles start anew."""
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options
-        """None: what `install()` was given."""
+    def __init__(self) -> None:
         self.token = acting.fresh_token()
         self.figures = Figures()
         """Of all its calls."""
@@ -53,9 +56,6 @@ class State:
         """Agents that were seen to have it; `collect.py` asks."""
         self.shared: Shared | None = None
 
-    def __reduce__(self) -> tuple[type[State], tuple[Options | None]]:
-        return State, (self.options,)
-
 
 class Installed:
     """What `install()` has set for ModuleLLMs that were given nothing of their own."""
@@ -63,16 +63,17 @@ class Installed:
     options = Options()
 
 
+_states = Beside(State)
+
+
 def state_of(llm: Any) -> State:
     """The state of a ModuleLLM, also of one that Mesa-LLM made itself."""
-    found: State | None = llm.__dict__.get(STATE)
-    if found is None:
-        found = llm.__dict__.setdefault(STATE, State())
-    return found
+    return _states.of(llm)
 
 
 def _options_of(llm: Any) -> Options:
-    return state_of(llm).options or Installed.options
+    found: Options | None = llm.__dict__.get(OPTIONS)
+    return found or Installed.options
 
 
 def _credential_of(llm: Any) -> str | None:
@@ -89,25 +90,26 @@ def shared_of(llm: Any) -> Shared:
     found = shared_by(llm.llm_model, llm.api_base, _credential_of(llm), options)
     if state.shared is not found:
         if state.shared is not None:
-            state.shared.users.discard(llm)
+            state.shared.users.discard(state)
         state.shared = found
     return found
 
 
 def _messages(llm: Any, prompt: Any, system_prompt: str | None) -> list[dict[str, Any]]:
-    if hasattr(llm, "_build_messages"):
-        build = llm._build_messages  # noqa: SLF001 — Mesa-LLM has no public name for it
+    build: Any = getattr(llm, "_build_messages", None) or llm.get_messages  # before 0.3
+    if system_prompt is not None and "system_prompt" in inspect.signature(build).parameters:
         found: list[dict[str, Any]] = build(prompt, system_prompt=system_prompt)
         return found
-    messages: list[dict[str, Any]] = llm.get_messages(prompt)
-    if system_prompt is not None and messages and messages[0].get("role") == "system":
-        messages = [{**messages[0], "content": system_prompt}, *messages[1:]]
-    return messages
+    messages: list[dict[str, Any]] = build(prompt)
+    if system_prompt is None:
+        return messages
+    others = messages[1:] if messages and messages[0].get("role") == "system" else messages
+    return [{"role": "system", "content": system_prompt}, *others]
 
 
 def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once: bool) -> Call:
     options, state = shared.identity.options, state_of(llm)
-    payload = {name: value for name, value in kwargs.items() if value is not None and name != "api_base"}
+    payload = {name: value for name, value in kwargs.items() if value is not None and name not in _NOT_ASKED}
     if "response_format" in payload:
         payload["response_format"] = _schema(payload["response_format"])
     variant = [("mesa-run", str(options.run_seed))] if options.run_seed is not None else []
@@ -120,7 +122,7 @@ def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once
         context=acting.context_of_call(llm),
         native=Question(kwargs, plain, once, Account(acting.current_part(), state.figures, state.alone)),
         target=shared.name,
-        namespace=shared.identity.namespace,
+        namespace=shared.namespace,
         variant=tuple(variant),
         inherits_context=True,
     )
@@ -132,11 +134,20 @@ def _schema(wanted: Any) -> Any:
     return {"type": "json_schema", "name": wanted.__name__, "schema": make()} if make is not None else wanted
 
 
-def kwargs_of(llm: Any, prompt: Any, tools: Any, choice: Any, format_: Any, system: str | None) -> dict[str, Any]:
+def kwargs_of(
+    llm: Any, prompt: Any, tools: Any, choice: Any, format_: Any, system: str | None, *, quiet: bool = False
+) -> dict[str, Any]:
     """What Mesa-LLM passes to LiteLLM."""
+    messages = _messages(llm, prompt, system)
+    build = getattr(llm, "_build_completion_kwargs", None)  # after 0.3
+    if build is not None:
+        found: dict[str, Any] = build(messages, tools, choice, format_, quiet)
+        return found
+    if quiet:
+        raise TypeError("this Mesa-LLM's ModuleLLM has no suppress_thinking")
     found = {
         "model": llm.llm_model,
-        "messages": _messages(llm, prompt, system),
+        "messages": messages,
         "tools": tools,
         "tool_choice": choice if tools else None,
         "response_format": format_,
@@ -144,6 +155,12 @@ def kwargs_of(llm: Any, prompt: Any, tools: Any, choice: Any, format_: Any, syst
     if llm.api_base:
         found["api_base"] = llm.api_base
     return found
+
+
+def _is_once(llm: Any) -> bool:
+    """Whether this call is to be one attempt: by our `one_shot()`, by Mesa-LLM's own way, or by its `max_retries=0`."""
+    theirs: Any = getattr(upstream, "_ONE_SHOT_COMPLETION", None)  # after 0.3
+    return _once.get() or (theirs is not None and bool(theirs.get())) or getattr(llm, "max_retries", None) == 0
 
 
 def _value(llm: Any, call: Call, outcome: Reply | Exception) -> Any:
@@ -178,10 +195,11 @@ def _rewritten(llm: Any, error: Exception) -> Exception:
 def ask(llm: Any, kwargs: dict[str, Any], *, once: bool) -> Any:
     """LiteLLM's answer, from plain code; `once`: exactly one attempt."""
     shared = shared_of(llm)
-    call = _call(llm, shared, kwargs, plain=True, once=once or _once.get())
+    call = _call(llm, shared, kwargs, plain=True, once=once or _is_once(llm))
     outcome: Reply | Exception
     try:
-        outcome = shared.engine(llm).call_sync(call)
+        with acting.counted():
+            outcome = shared.engine(state_of(llm)).call_sync(call)
     except Exception as error:  # noqa: BLE001 — raised below, as what Mesa-LLM's users know
         outcome = error
     return _value(llm, call, outcome)
@@ -190,10 +208,11 @@ def ask(llm: Any, kwargs: dict[str, Any], *, once: bool) -> Any:
 async def aask(llm: Any, kwargs: dict[str, Any]) -> Any:
     """LiteLLM's answer, on any loop."""
     shared = shared_of(llm)
-    call = _call(llm, shared, kwargs, plain=False, once=_once.get())
+    call = _call(llm, shared, kwargs, plain=False, once=_is_once(llm))
     outcome: Reply | Exception
     try:
-        outcome = await shared.engine(llm).call(call)
+        with acting.counted():
+            outcome = await shared.engine(state_of(llm)).call(call)
     except Exception as error:  # noqa: BLE001 — as above
         outcome = error
     return _value(llm, call, outcome)

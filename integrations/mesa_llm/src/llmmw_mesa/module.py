@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import mesa_llm.module_llm as upstream
 import tenacity
 
-from llmmw_mesa.asking import STATE, State, aask, ask, kwargs_of, shared_of, state_of
+from llmmw_mesa.asking import OPTIONS, aask, ask, kwargs_of, shared_of, state_of
 from llmmw_mesa.options import Options
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def _generate_once(
     tool_choice: str = "auto",
     response_format: dict[str, Any] | object | None = None,
     system_prompt: str | None = None,
+    suppress_thinking: bool = False,  # noqa: FBT001, FBT002 — Mesa-LLM's, after 0.3
 ) -> Any:
-    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt)
+    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt, quiet=suppress_thinking)
     return ask(self, kwargs, once=True)
 
 
@@ -38,6 +39,7 @@ def generate(
     tool_choice: str = "auto",
     response_format: dict[str, Any] | object | None = None,
     system_prompt: str | None = None,
+    suppress_thinking: bool = False,  # noqa: FBT001, FBT002 — Mesa-LLM's, after 0.3
 ) -> Any:
     """Ask the model.
 
@@ -50,6 +52,7 @@ def generate(
         tool_choice: which of them.
         response_format: a schema, or a pydantic class.
         system_prompt: for this call, in place of the module's.
+        suppress_thinking: where Mesa-LLM knows it.
 
     Returns:
         A litellm ModelResponse; every hit is an object of its own.
@@ -57,7 +60,7 @@ def generate(
     Raises:
         litellm.exceptions.APIError: and its kin, with a note that lists the attempts.
     """
-    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt)
+    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt, quiet=suppress_thinking)
     return ask(self, kwargs, once=False)
 
 
@@ -72,9 +75,10 @@ async def agenerate(
     tool_choice: str = "auto",
     response_format: dict[str, Any] | object | None = None,
     system_prompt: str | None = None,
+    suppress_thinking: bool = False,  # noqa: FBT001, FBT002 — Mesa-LLM's, after 0.3
 ) -> Any:
     """`generate` for async code, on any loop."""
-    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt)
+    kwargs = kwargs_of(self, prompt, tool_schema, tool_choice, response_format, system_prompt, quiet=suppress_thinking)
     return await aask(self, kwargs)
 
 
@@ -104,18 +108,16 @@ async def cleanup(self: Any) -> None:
 
     The statistics stay, and a later call opens it again.
     """
-    shared = state_of(self).shared
-    engine = None if shared is None else shared.leave(self)
-    if engine is not None:
-        await engine.aclose()
+    state = state_of(self)
+    if state.shared is not None:
+        await state.shared.aclose(state)
 
 
 def close(self: Any) -> None:
     """`cleanup` for plain code."""
-    shared = state_of(self).shared
-    engine = None if shared is None else shared.leave(self)
-    if engine is not None:
-        engine.close()
+    state = state_of(self)
+    if state.shared is not None:
+        state.shared.close(state)
 
 
 METHODS = {
@@ -162,12 +164,10 @@ class ModuleLLM(upstream.ModuleLLM):
         max_attempts: int = 4,
         deadline: float | str = 180.0,
     ) -> None:
-        options = Options(
-            enable_caching, enable_batching, cache_size, cache_ttl, batch_size, stack, sampling, cache_scope,
-            cache_dir, run_seed, flush_interval, max_concurrency, rpm, tpm, timeout, max_attempts, deadline,
-        )  # fmt: skip
+        given = locals()
+        options = Options(**{name: given[name] for name in Options.__dataclass_fields__})  # all of them are arguments
         super().__init__(llm_model=llm_model, api_base=api_base, system_prompt=system_prompt)
-        self.__dict__[STATE] = State(options)
+        self.__dict__[OPTIONS] = options
 
     generate = generate
     agenerate = agenerate

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -27,7 +30,11 @@ _THREADS = 512
 """Upper bound on threads for somebody's own `completion`; the stack's concurrency is what is meant to bind."""
 _LITELLM = {"max_retries": 0, "num_retries": 0}
 """The stack owns retries: neither LiteLLM nor the SDK below it repeats anything."""
-_REFUSED = 400
+_REFUSED, _TOO_MANY, _BUSY = 400, 429, 503
+_NOT_SENT = frozenset({
+    "ConnectTimeout", "ConnectError", "ConnectionRefusedError", "ClientConnectorError", "ClientConnectorDNSError",
+})  # fmt: skip
+_LOST = frozenset({"APIConnectionError", "ReadError", "WriteError", "RemoteProtocolError", "ServerDisconnectedError"})
 ORIGINAL = "_llmmw_original"
 """Attribute of a function that `install()` put in place of another."""
 
@@ -92,19 +99,23 @@ class LiteLLMEndpoint:
 
     async def _ask(self, question: Question) -> Any:
         ask, ask_plain = _original(upstream.acompletion), _original(upstream.completion)
-        if question.plain and ask_plain is not litellm.completion:
+        if question.plain and not _is_litellms(ask_plain):
             if self._threads is None:
                 self._threads = CapacityLimiter(_THREADS)
-            return await to_thread.run_sync(lambda: ask_plain(**question.kwargs), limiter=self._threads)
-        own = _LITELLM if ask is litellm.acompletion else {}  # somebody else's function may not know them
-        return await ask(**question.kwargs, **own)
+            # Whoever gives up need not wait for a thread that hangs; it keeps its place until it ends.
+            return await to_thread.run_sync(
+                lambda: ask_plain(**question.kwargs), limiter=self._threads, abandon_on_cancel=True
+            )
+        own = _LITELLM if _is_litellms(ask) else {}  # somebody else's function may not know them
+        return await ask(**question.kwargs | own)
 
     def rehome(self) -> None:
         """The capacity limiter belongs to a loop."""
         self._threads = None
 
     async def aclose(self) -> None:
-        """LiteLLM's clients are LiteLLM's; there is one per loop, and this engine has one loop."""
+        """Close what LiteLLM has opened on this loop: it keeps a client per loop, for a loop that ends as well."""
+        await _close_clients()
 
     def __repr__(self) -> str:
         return f"LiteLLMEndpoint({self.name!r})"
@@ -112,6 +123,22 @@ class LiteLLMEndpoint:
 
 def _original(function: Any) -> Any:
     return getattr(function, ORIGINAL, function)
+
+
+def _is_litellms(function: Any) -> bool:
+    """Also where a tracing tool has wrapped it, as `functools.wraps` does: that passes on what it is given."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "litellm"
+
+
+async def _close_clients() -> None:
+    clients: dict[str, Any] = getattr(litellm.in_memory_llm_clients_cache, "cache_dict", {})
+    ending = f"-{id(asyncio.get_running_loop())}"
+    for client in [clients.pop(key) for key in list(clients) if key.endswith(ending)]:
+        close = getattr(client, "close", None) or getattr(client, "aclose", None)
+        with contextlib.suppress(Exception):  # whatever it is, it is not needed any more
+            closing = close() if close is not None else None
+            if inspect.isawaitable(closing):
+                await closing
 
 
 def reply_of(answer: Any) -> Reply:
@@ -135,30 +162,34 @@ def answer_of(reply: Reply) -> Any:
 def told(error: Exception) -> Reply:
     """A refusal as a Reply.
 
-    LiteLLM calls every error that speaks of "rate_limit" a RateLimitError, a missing package a connection error, and
-    gives both a status of its own making; what the server said is in the exception that it was made from.
+    LiteLLM calls every error that speaks of "rate_limit" a RateLimitError, a missing package a connection error, a lost
+    connection an InternalServerError, and gives each a status of its own making; what the server said is in the
+    exception that it was made from.
 
     Raises:
         LLMMWError: nothing was refused: the connection failed or timed out; LiteLLM's exception is its cause.
         OnlyTry: a package is missing.
         Exception: the error itself, where it is none of these.
     """
-    if any(isinstance(found, ImportError) for found in _chain(error)) or "No module named" in str(error):
+    chain = tuple(_chain(error))
+    answer = next((found for found in map(_answer, chain) if found is not None), None)
+    if answer is not None:
+        said, headers, body = answer
+        return Reply(data=body or _made_up(error), status=said, headers=headers, native=error)
+    if any(isinstance(found, ImportError) for found in chain) or "No module named" in str(error):
         raise OnlyTry(error) from error
-    status = next((found for found in map(_server_said, _chain(error)) if found is not None), None)
-    if status is None:
-        names = {type(found).__name__ for found in _chain(error)}
-        if names & {"ConnectTimeout", "ConnectError", "ConnectionRefusedError", "ClientConnectorError"}:
-            raise ConnectionFailed(f"no connection ({type(error).__name__})") from error
-        if isinstance(error, litellm.Timeout):
-            raise UpstreamTimeout(f"no answer in time ({type(error).__name__})") from error
-        if isinstance(error, litellm.APIConnectionError):
-            raise AmbiguousOutcome(f"the connection broke ({type(error).__name__})") from error
-        status = getattr(error, "status_code", None)
+    names = {type(found).__name__ for found in chain}
+    if names & _NOT_SENT:
+        raise ConnectionFailed(f"no connection ({type(error).__name__})") from error
+    if isinstance(error, litellm.Timeout):
+        raise UpstreamTimeout(f"no answer in time ({type(error).__name__})") from error
+    if names & _LOST:
+        raise AmbiguousOutcome(f"the connection broke ({type(error).__name__})") from error
+    status = getattr(error, "status_code", None)
     if not isinstance(status, int) or status < _REFUSED:
         raise error
-    body = {"error": {"message": str(getattr(error, "message", error)), "code": getattr(error, "code", None)}}
-    return Reply(data=msgspec.json.encode(body, enc_hook=str), status=status, headers=_headers(error), native=error)
+    # No server has said 429, so there is none to wait for: a failure like any other.
+    return Reply(data=_made_up(error), status=_BUSY if status == _TOO_MANY else status, native=error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -170,17 +201,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _server_said(error: BaseException) -> int | None:
-    """The status that a server gave, as its SDK's exception tells it; LiteLLM's own classes make theirs up."""
-    if type(error).__module__.partition(".")[0] == "litellm" and not type(error).__name__.endswith("HandlerError"):
+def _answer(error: BaseException) -> tuple[int, tuple[tuple[str, str], ...], bytes] | None:
+    """Status, headers and body that a server gave. Only responses that LiteLLM makes up have no headers."""
+    response = getattr(error, "response", None)
+    status, headers = getattr(response, "status_code", None), getattr(response, "headers", None)
+    if not isinstance(status, int) or status < _REFUSED or not headers:
         return None
-    status = getattr(error, "status_code", None)
-    return status if isinstance(status, int) and getattr(error, "response", None) is not None else None
+    body = b""
+    with contextlib.suppress(Exception):  # it was not read, or is no such response
+        body = bytes(response.content)  # type: ignore[union-attr]  # — as above
+    return status, tuple((str(name).lower(), str(value)) for name, value in headers.items()), body
 
 
-def _headers(error: Exception) -> tuple[tuple[str, str], ...]:
-    for found in _chain(error):
-        headers = getattr(getattr(found, "response", None), "headers", None)
-        if headers:
-            return tuple((str(name).lower(), str(value)) for name, value in headers.items())
-    return ()
+def _made_up(error: Exception) -> bytes:
+    said = {"message": str(getattr(error, "message", error)), "code": getattr(error, "code", None)}
+    return msgspec.json.encode({"error": said}, enc_hook=str)
