@@ -16,7 +16,7 @@ _spec.loader.exec_module(listing)
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
     )
 
 

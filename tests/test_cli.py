@@ -12,7 +12,7 @@ from llmmw import __version__, cli
 from llmmw.testing.server import ServerConfig, server_process
 
 
-def run(*arguments, timeout=60):
+def run(*arguments, timeout=240):
     return subprocess.run(
         [sys.executable, "-m", "llmmw.cli", *arguments], capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -256,8 +256,8 @@ async def test_a_close_does_not_wait_for_a_stream_that_was_dropped_within_a_cycl
     gc.disable()
     try:
         del cycle
-        async with asyncio.timeout(20):  # the drain would take 30 s
-            await engine.aclose()
+        async with asyncio.timeout(120):
+            await engine.aclose(drain_timeout=3600)
     finally:
         gc.enable()
     stats = engine.get_performance_stats()
@@ -338,7 +338,7 @@ def test_an_engine_dropped_without_close_ends_its_thread():
     thread = own_threads()[0]
     del engine
     gc.collect()
-    thread.join(5)
+    thread.join(120)
     assert not thread.is_alive()
 
 

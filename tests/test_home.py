@@ -28,7 +28,7 @@ def own_threads():
 def elsewhere(work):
     """Run it on a thread of its own that ends."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(20)
+        return pool.submit(work).result(120)
 
 
 @pytest.mark.parametrize("guest", ["plain", "with a loop"])
@@ -36,7 +36,7 @@ def test_a_home_that_only_pauses_on_another_thread_is_left_after_a_moment(guest)
     engine, upstream = make_engine()
     loop = asyncio.new_event_loop()
     with ThreadPoolExecutor(1) as pool:  # the thread lives on, so its loop might too
-        run = lambda text: pool.submit(loop.run_until_complete, engine.call(chat_call(text))).result(20)  # noqa: E731
+        run = lambda text: pool.submit(loop.run_until_complete, engine.call(chat_call(text))).result(120)  # noqa: E731
         assert run("home").text == "echo: home"
         call = chat_call("guest")
         if guest == "plain":
@@ -125,7 +125,7 @@ def test_a_close_that_begins_while_its_home_ends_leaves_no_task_behind(caplog):
         await asyncio.sleep(0)
 
     asyncio.run(main())
-    closer.join(20)
+    closer.join(120)
     assert not closer.is_alive()
     assert engine._released
     kept.clear()
@@ -163,7 +163,7 @@ def test_a_call_that_reaches_its_home_while_that_says_goodbye_is_begun_elsewhere
         await engine.call(chat_call("home"))
 
     asyncio.run(main())
-    threads[0].join(20)
+    threads[0].join(120)
     assert found == ["echo: late"]
     assert [loop is loops[0] for loop in loops] == [True, True, False]
     engine.close()
@@ -201,7 +201,7 @@ def test_a_guest_that_goes_as_its_chunk_arrives_leaves_no_stream_open(monkeypatc
         else:
             asyncio.run(guest())
         monkeypatch.undo()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while engine.get_performance_stats()["in_flight"]:
             assert time.monotonic() < until
             time.sleep(0.001)

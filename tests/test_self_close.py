@@ -21,7 +21,7 @@ def is_over(function):
 
 
 async def becomes_over(function):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not is_over(function):
             await asyncio.sleep(0.002)
 

@@ -14,8 +14,9 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmmw.stores import iothread
 from llmmw.stores.backlog import MAX_BYTES, Backlog, Nothing
-from llmmw.stores.iothread import FLUSH_S, IOThread
+from llmmw.stores.iothread import IOThread
 from llmmw.stores.keeper import Keeper
 from llmmw.stores.lease import Leases
 from llmmw.stores.leasetable import Table
@@ -199,7 +200,7 @@ class DiskStore:
         thread.stop(tell)
         try:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(2 * FLUSH_S):
+                async with asyncio.timeout(2 * iothread.FLUSH_S):
                     await ended.wait()
                     thread.join()
         except asyncio.CancelledError:

@@ -85,9 +85,9 @@ class IOThread:
             self._at_end.append(then)
         self._jobs.put((None, None, None))
 
-    def join(self, timeout_s: float = 2 * FLUSH_S) -> bool:
+    def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the end, at most about as long as the flush may take; whether it came."""
-        self._thread.join(timeout_s)
+        self._thread.join(2 * FLUSH_S if timeout_s is None else timeout_s)
         return not self._thread.is_alive()
 
     def hold(self) -> Hold | None:

@@ -138,7 +138,7 @@ class Books:
 
     async def settled(self, engine):
         """Wait until no call is in flight, then check that everything was given back, once."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while self._is_busy(engine):
                 gc.collect()  # the SDKs' streams are cycles, and what one round finds goes with the next loop turns
                 await asyncio.sleep(0)

@@ -15,14 +15,18 @@ import time
 import traceback
 from pathlib import Path
 
+import patience  # noqa: F401 — the machine may be loaded
+
 from llmmw.env import Env
 from llmmw.events import CacheTrouble
-from llmmw.stores import disk as disk_module
+from llmmw.stores import place as place_module
 from llmmw.stores import rows, table  # noqa: F401 — imported once, before the forks
 from llmmw.stores.base import Match
 from llmmw.stores.disk import DiskStore
 from llmmw.stores.entry import Entry, Header
 from llmmw.stores.upkeep import prune, usage
+
+table._OPEN_TRIES = place_module._CLAIM_TRIES = 50_000  # else a write that finds another opening is dropped
 
 
 def key_of(number):
@@ -107,7 +111,6 @@ class Worker:
 
 
 async def work(job, index):
-    disk_module.READ_BUDGET_S = disk_module.OPEN_BUDGET_S = 20.0  # the machine may be loaded
     worker = Worker(job["place"], job.get("seed", 0) + index, job["max_bytes"])
     if job["do"] == "write":
         await worker.write_for_ever()

@@ -26,7 +26,7 @@ from llmmw.testing.server.faults import Match
 
 MODEL = "llmmw-embedded"
 QUESTIONS = 150
-QUIET_S = 30.0
+QUIET_S = 120.0
 """How long it may take, on a busy machine, until the last call is over and the last socket closed."""
 STUCK_S = 90.0
 BOUNDED = ("llmmw.stores.", "llmmw.algo.bucket.Cell", "llmmw.algo.evict.Slot", "llmmw.answer.", "llmmw.call.Reply")
@@ -82,7 +82,7 @@ class RawProcess:
 
     def stop(self):
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(120)
         self._process.stdout.close()
 
 

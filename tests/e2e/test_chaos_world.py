@@ -58,7 +58,7 @@ def restarted(server):
 
 async def balanced(engine):
     """Wait until nothing is left of the calls."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while unbalanced(engine):
             await asyncio.sleep(0.01)
 
@@ -97,7 +97,7 @@ async def test_streams_of_a_server_that_is_killed_end_with_what_had_arrived():
     try:
         async with client_of(server.base_url) as client:
             readers = [asyncio.ensure_future(reader(number)) for number in range(20)]
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 for _ in readers:
                     await arrived.acquire()
                 killed(server)
@@ -126,7 +126,7 @@ def test_a_client_process_that_is_killed_while_it_streams_frees_the_server():
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout.readline()
             process.kill()
-            server.wait(at_least={"aborted": 1}, at_most={"in_flight": 0, "connections.open": 0}, timeout_s=30)
+            server.wait(at_least={"aborted": 1}, at_most={"in_flight": 0, "connections.open": 0}, timeout_s=120)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -141,7 +141,7 @@ async def test_five_hundred_callers_of_a_server_that_never_answers_are_told_in_t
         async with client_of(server.base_url) as client:
             assert (await client.chat("warm")).text == "warm"
             server.add_fault(FaultRule(kind="hang"))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 told = await asyncio.gather(*(ask(client, number) for number in range(500)), return_exceptions=True)
             assert {type(error) for error in told} <= {DeadlineExceeded, RateLimited, UpstreamTimeout}
             await balanced(client.engine)
@@ -164,7 +164,7 @@ async def test_a_connection_that_the_server_half_closes_is_neither_waited_for_no
         await asyncio.sleep(0.01)
 
     async with RawServer(half) as server, client_of(f"{server.origin}/v1", engine, attempts=1) as client:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             for number in range(1, 6):
                 assert (await client.chat("late")).text == str(number)
             with pytest.raises(UpstreamError):
@@ -226,7 +226,7 @@ def test_no_file_handles_left_is_an_error_of_the_call_and_over_when_there_are_so
     """
     with server_process(ServerConfig(reply="echo", latency="fixed", latency_s=0.01)) as server:
         command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), server.base_url, engine]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
     assert "Too many open files" in done.stdout or "no connection" in done.stdout
@@ -244,8 +244,8 @@ async def test_a_listener_whose_backlog_is_full_is_a_connect_time_out_not_a_wait
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        own = Stack(Retry(attempts=1), Timeout(20, connect=0.2))
-        async with Client(url, stack=own, model=MODEL) as client, asyncio.timeout(15):
+        own = Stack(Retry(attempts=1), Timeout(600, connect=0.2))
+        async with Client(url, stack=own, model=MODEL) as client, asyncio.timeout(120):
             with pytest.raises(LLMMWError) as caught:
                 await client.chat("hello")
             assert isinstance(caught.value, ConnectionFailed)

@@ -12,12 +12,13 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import patience
 import pytest
 
 import llmmw
 from llmmw import events as ev
 from llmmw.env import Env
-from llmmw.stores import disk as disk_module
+from llmmw.stores import keeper as keeper_module
 from llmmw.stores.disk import DiskStore
 from llmmw.stores.entry import Entry, Header
 from llmmw.stores.upkeep import usage
@@ -32,14 +33,13 @@ def place(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """A loaded machine may need longer than 50 ms for anything; the budget has tests of its own."""
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 20.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 20.0)
+def one_try(monkeypatch):
+    """The pause after a failure lasts until a test ends it, however slow the machine is."""
+    monkeypatch.setattr(keeper_module, "_FIRST_RETRY_S", 3600.0)
 
 
 async def until(holds):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not holds():
             await asyncio.sleep(0.001)
 
@@ -75,6 +75,7 @@ class Rig:
 
     async def recovered(self):
         """The pause after a failure is over."""
+        self.store._keeper._retry.until = self.store._keeper._writes.until = 0.0
         await until(lambda: self.store.gauges()["disk"] == "ok")
 
 
@@ -277,8 +278,6 @@ import asyncio, os, resource, sys, time
 from pathlib import Path
 import llmmw
 from llmmw import events as ev
-import llmmw.stores.disk  # not what it imports when it is first used: that may fail, too
-llmmw.stores.disk.READ_BUDGET_S = llmmw.stores.disk.OPEN_BUDGET_S = 20.0
 
 async def main(what, place):
     @llmmw.middleware(cache_ttl=300)
@@ -303,7 +302,7 @@ async def main(what, place):
         return ask.get_performance_stats()["layers"]["cache"]
 
     number = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not cache().get("trouble: unavailable"):
         assert await ask(f"{number}") == f"{number}" * 1000
         number += 1
@@ -327,11 +326,11 @@ asyncio.run(main(*sys.argv[1:]))
 @pytest.mark.parametrize("what", ["no handle", "two handles", "quota"])
 def test_no_file_handles_or_no_quota_costs_misses_until_there_are_some(place, what):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LIMITED, what, str(place)],
+        [sys.executable, "-W", "error", "-c", patience.FOR_A_CHILD + LIMITED, what, str(place)],
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
     found = usage(place)
@@ -477,9 +476,7 @@ async def child_works(store, number):
     return found is not None
 
 
-async def test_children_forked_in_the_middle_of_writes_work_and_leave_the_parent_alone(place, monkeypatch):
-    for patience in ("FLUSH_S", "_FORK_S"):  # whether it works, however busy the machine is
-        monkeypatch.setattr(f"llmmw.stores.iothread.{patience}", 20.0)
+async def test_children_forked_in_the_middle_of_writes_work_and_leave_the_parent_alone(place):
     rig = Rig(place)
     await rig.put(0)
     for number in range(20):

@@ -53,7 +53,7 @@ class Zygote:
     def close(self):
         self._process.stdin.close()
         self._process.stdout.close()
-        assert self._process.wait(10) == 0
+        assert self._process.wait(120) == 0
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import patience
 import pytest
 
 from llmmw import Client, Coalescer, Stack, TTLCache
 from llmmw.env import Env
 from llmmw.events import CacheTrouble
-from llmmw.stores import disk as disk_module
 from llmmw.stores.disk import DiskStore
 from llmmw.stores.entry import Entry, Header
 from llmmw.stores.upkeep import Unusable, usage
@@ -33,12 +33,6 @@ CODEC_KEY = "the key of the codec"
 def place(tmp_path):
     tmp_path.chmod(0o700)
     return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 20.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 20.0)
 
 
 @dataclasses.dataclass
@@ -102,7 +96,6 @@ from llmmw.events import CacheTrouble
 from llmmw.stores import disk
 from llmmw.stores.entry import Entry, Header
 import llmmw.stores.rows  # while it can be read
-disk.READ_BUDGET_S = disk.OPEN_BUDGET_S = 20.0
 told = []
 os.setgid(65534); os.setuid(65534)
 
@@ -126,7 +119,10 @@ def test_security_07_rows_of_another_user_are_not_read_nor_ours_written_by_them(
 
         def as_other():
             return subprocess.run(
-                [sys.executable, "-c", OTHER_USER, str(place)], check=False, capture_output=True, text=True
+                [sys.executable, "-c", patience.FOR_A_CHILD + OTHER_USER, str(place)],
+                check=False,
+                capture_output=True,
+                text=True,
             )
 
         if whose == "ours":

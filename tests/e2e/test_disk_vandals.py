@@ -19,7 +19,6 @@ from chaos import seeds
 
 from llmmw import events as ev
 from llmmw.env import Env
-from llmmw.stores import disk as disk_module
 from llmmw.stores import keeper as keeper_module
 from llmmw.stores.base import Match
 from llmmw.stores.disk import DiskStore
@@ -81,8 +80,6 @@ for deed in sys.stdin:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 20.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 20.0)
     monkeypatch.setattr(keeper_module, "_LAST_RETRY_S", 0.2)
     monkeypatch.setattr(keeper_module, "_MAX_QUARANTINES", 1_000)
 
@@ -151,7 +148,7 @@ class Users:
         for task in self._tasks:
             task.cancel()
         written = range(1_000, 1_000 + len(self.stores))
-        async with asyncio.timeout(60):  # a store that finds the damage only now begins with an empty database
+        async with asyncio.timeout(120):  # a store that finds the damage only now begins with an empty database
             while not await self._all_read(written):
                 for number, store in zip(written, self.stores, strict=True):
                     store.put(key(number), entry(number), 300)

@@ -60,11 +60,11 @@ def held_by_another_thread(locks):
             for lock in locks:
                 stack.enter_context(lock)
             held.set()
-            go_on.wait(60)
+            go_on.wait(120)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(10)
+    assert held.wait(120)
     try:
         yield
     finally:
@@ -88,7 +88,7 @@ def in_child(work):
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        waiting = threading.Timer(30, lambda: os.kill(pid, signal.SIGKILL))
+        waiting = threading.Timer(120, lambda: os.kill(pid, signal.SIGKILL))
         waiting.start()
         told = pipe.read()
         waiting.cancel()
@@ -234,7 +234,7 @@ def test_async_01_fork_from_many_threads_while_others_call(place):
     for thread in callers:
         thread.join()
     assert problems == []
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 120
     while engine.get_performance_stats()["layers"]["cache"]["waiting writes"]:
         assert time.monotonic() < ends, "a fork left the disk's thread standing: what waits is not written"
         time.sleep(0.01)

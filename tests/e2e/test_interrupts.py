@@ -8,6 +8,8 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 
+import patience
+
 from llmmw.testing.fake import chat_body
 from llmmw.testing.rawserver import RawServer, answer_bytes
 
@@ -40,7 +42,7 @@ class Server:
         writer.write(answer_bytes(body=chat_body(f"answer {prompt}")))
 
     async def wait_for(self, *prompts):
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(120):
             while not set(prompts) <= set(self.asked):
                 await asyncio.sleep(0.005)
 
@@ -52,7 +54,7 @@ class Program:
         self.process = process
 
     async def says(self, *words):
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(120):
             line = (await self.process.stdout.readline()).decode().strip()
         assert line == " ".join(words), (line, (await self.process.stderr.read()).decode() if not line else "")
 
@@ -61,7 +63,7 @@ class Program:
 
     async def ends(self):
         """Its exit status, and the rest of what it said."""
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(120):
             out, err = await self.process.communicate()
         return self.process.returncode, out.decode().split("\n")[:-1], err.decode()
 
@@ -69,7 +71,7 @@ class Program:
 @asynccontextmanager
 async def running(body, server, place):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-X", "dev", "-c", HEAD + body, f"{server.raw.origin}/v1", str(place),
+        sys.executable, "-X", "dev", "-c", patience.FOR_A_CHILD + HEAD + body, f"{server.raw.origin}/v1", str(place),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -151,7 +153,7 @@ async def test_async_02_what_outlives_the_grace_time_fails_and_the_exit_code_is_
         await server.wait_for("held")
         program.interrupt()
         assert await program.ends() == (7, ["failed Closed", "over"], "")
-        await asyncio.wait_for(server.raw.gone.wait(), 20)  # and the server was told
+        await asyncio.wait_for(server.raw.gone.wait(), 120)  # and the server was told
 
 
 WATCH = """
@@ -228,7 +230,7 @@ async def test_async_02_an_interrupt_of_a_plain_call_cancels_that_call_alone(pla
         await server.wait_for("held", "other")
         program.interrupt()
         await program.says("interrupted")
-        await asyncio.wait_for(server.raw.gone.wait(), 20)  # the server need not finish "held"
+        await asyncio.wait_for(server.raw.gone.wait(), 120)  # the server need not finish "held"
         server.open["other"].set()  # which the end of the block waits for
         status, said, err = await program.ends()
     assert said == ["other answer other"]
@@ -242,7 +244,7 @@ go_on = threading.Event()
 @Stack.recommended(cache_ttl=300).wrap
 def plain(text):
     say("running")
-    go_on.wait(60)
+    go_on.wait(120)
     return text
 
 try:
@@ -283,6 +285,6 @@ async def test_async_02_an_interrupt_while_a_stream_is_awaited(place):
         await server.wait_for("held")
         program.interrupt()
         status, said, err = await program.ends()
-        await asyncio.wait_for(server.raw.gone.wait(), 20)
+        await asyncio.wait_for(server.raw.gone.wait(), 120)
     assert (said, status) == ([], -signal.SIGINT)
     assert is_plain_interrupt(err), err

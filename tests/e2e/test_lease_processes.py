@@ -9,14 +9,14 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 
+import patience
+
 from llmmw.testing.fake import chat_body
 from llmmw.testing.rawserver import RawServer, answer_bytes
 
 ASKS = """
 import asyncio, json, sys
 from llmmw import Client, Coalescer, Stack, TTLCache
-from llmmw.stores import disk
-disk.READ_BUDGET_S = disk.OPEN_BUDGET_S = 60.0  # a loaded machine is slow, which is not what is tested here
 url, directory, lease = sys.argv[1:]
 
 async def main():
@@ -39,7 +39,7 @@ class Gate:
         writer.write(answer_bytes(body=chat_body(f"answer {request.number}")))
 
     async def asked(self, count):
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(120):
             while len(self.server.requests) < count:
                 await asyncio.sleep(0.005)
 
@@ -47,7 +47,7 @@ class Gate:
 @asynccontextmanager
 async def asking(gate, place, lease="60s"):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", ASKS, f"{gate.server.origin}/v1", str(place), lease,
+        sys.executable, "-c", patience.FOR_A_CHILD + ASKS, f"{gate.server.origin}/v1", str(place), lease,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -59,7 +59,7 @@ async def asking(gate, place, lease="60s"):
 
 
 async def result(process):
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(120):
         out, err = await process.communicate()
     assert (err, process.returncode) == (b"", 0)
     return json.loads(out)

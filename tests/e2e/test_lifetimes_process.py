@@ -13,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 
+import patience
 import pytest
 import uvloop
 
@@ -179,7 +180,7 @@ async def home(pool):
     await asyncio.to_thread(server.configure, latency_s=0.005)
     return asked_there
 with ThreadPoolExecutor(8) as pool:
-    assert all(future.result(20).ok for future in asyncio.run(home(pool)))
+    assert all(future.result(120).ok for future in asyncio.run(home(pool)))
 client.engine.close()
 assert client.get_performance_stats()["in_flight"] == 0
 """
@@ -196,8 +197,9 @@ plain("and then the script simply ends")
 )
 def test_async_debug_mode_stays_silent(server, tmp_path, body):
     found = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", HEAD + body, server.base_url, str(tmp_path / "cache")],
-        capture_output=True, text=True, timeout=50, check=False,
+        [sys.executable, "-X", "dev", "-W", "error", "-c", patience.FOR_A_CHILD + HEAD + body,
+         server.base_url, str(tmp_path / "cache")],
+        capture_output=True, text=True, timeout=240, check=False,
         env={"PYTHONASYNCIODEBUG": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert (found.stderr, found.returncode) == ("", 0)
@@ -233,7 +235,7 @@ def test_async_a_fork_of_a_warm_client_works_in_both_processes(server, stack, ki
     assert ask("parent meanwhile")
     for child in children:
         assert answers.get()
-        child.join(20)
+        child.join(120)
         assert child.exitcode == 0
     assert ask("parent afterwards")
     assert server.stats()["by_outcome"].get("aborted", 0) == 0
@@ -279,7 +281,7 @@ def test_async_a_uvloop_home_that_dies_mid_call_serves_its_guest(server, stack, 
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(home())
-    guest.join(20)
+    guest.join(120)
     assert found[0].ok
     assert client.get_performance_stats()["upstream_requests"] == 3
     client.engine.close()
@@ -302,7 +304,7 @@ def test_async_an_engine_that_is_dropped_unclosed_lets_go_of_everything(server, 
         # Texts only: a recorded warning keeps its source alive, and with it what is to be dropped.
         warnings.showwarning = lambda message, *_args, **_options: told.append(str(message))
         del client
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + 120
         while any(thread.is_alive() for thread in threads) and time.monotonic() < ends:
             gc.collect()  # again and again: a thread at work holds what only the next collection can free
             threads[-1].join(0.05)

@@ -73,7 +73,7 @@ class Storm:
             time.sleep(0.05)  # somewhere in the middle; wherever that is, the books balance
             self.engine.close()
         for thread in threads:
-            thread.join(40)
+            thread.join(120)
             assert not thread.is_alive()
         self.engine.close()
 

@@ -50,7 +50,7 @@ def program(server, api, directory):
 
 
 def batches(server, api):
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
     try:
         connection.request("GET", f"{PATHS[api]}?limit=100")
         return json.loads(connection.getresponse().read())["data"]
@@ -59,14 +59,14 @@ def batches(server, api):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until
 
 
 def finished(server, api, directory):
     with program(server, api, directory) as running:
-        out, errors = running.communicate(timeout=60)
+        out, errors = running.communicate(timeout=240)
     assert running.returncode == 0, errors
     return json.loads(out)
 
@@ -85,7 +85,7 @@ def test_batch_11_kill_9_around_the_submission(server, tmp_path, api, kind, wher
     route = {"submit": PATHS[api], "look": f"{PATHS[api]}/look", "results": results, "upload": "/v1/files"}[where]
     server.add_fault(FaultRule(kind=kind, seconds=600, match=Match(route=route, first=1), id="stop"))
     with program(server, api, tmp_path / "batches") as running:
-        server.wait(at_least={f"by_route.{route}": 1}, timeout_s=30)
+        server.wait(at_least={f"by_route.{route}": 1}, timeout_s=120)
         if (kind, where) == ("delay", "submit"):
             wait_for(lambda: batches(server, api))
         running.send_signal(signal.SIGKILL)

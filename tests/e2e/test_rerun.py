@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import patience
 import pytest
 
 from llmmw.testing.server import FaultRule, Match, ServerConfig, server_process
@@ -59,8 +60,8 @@ def server(process):
 
 
 def run(server, directory, way):
-    command = [sys.executable, "-c", PROGRAM, server.base_url, str(directory), way]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    command = [sys.executable, "-c", patience.FOR_A_CHILD + PROGRAM, server.base_url, str(directory), way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

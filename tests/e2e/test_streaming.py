@@ -106,7 +106,7 @@ async def test_cache_14_recorded_one_way_answered_the_other(real, books, request
 
 @contextlib.asynccontextmanager
 async def asking(server):
-    async with Client(f"{server.origin}/v1", stack=stack(), model="m") as client, asyncio.timeout(10):
+    async with Client(f"{server.origin}/v1", stack=stack(), model="m") as client, asyncio.timeout(120):
 
         def call():
             return client.requests.chat(None, "finish", {"temperature": 0}, stream=True)

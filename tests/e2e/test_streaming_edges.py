@@ -120,7 +120,7 @@ every_edge = pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name
 
 @every_edge
 async def test_the_first_piece_is_there_before_the_server_sent_the_second(stream_server, books, edge):
-    async with stream_server(pause=True) as server, edge(server.origin) as (ask, engine), asyncio.timeout(10):
+    async with stream_server(pause=True) as server, edge(server.origin) as (ask, engine), asyncio.timeout(120):
         stream = ask("finish")
         first = await anext(stream)
         assert first == "one"
@@ -137,7 +137,7 @@ async def test_the_first_piece_is_there_before_the_server_sent_the_second(stream
 
 @every_edge
 async def test_a_reader_who_leaves_lets_the_stream_go(stream_server, books, edge):
-    async with stream_server() as server, edge(server.origin) as (ask, engine), asyncio.timeout(10):
+    async with stream_server() as server, edge(server.origin) as (ask, engine), asyncio.timeout(120):
         stream = ask("stall")
         assert await anext(stream) == "one"
         await stream.aclose()
@@ -148,7 +148,7 @@ async def test_a_reader_who_leaves_lets_the_stream_go(stream_server, books, edge
 
 @every_edge
 async def test_a_reader_who_drops_the_stream_lets_it_go_too(stream_server, books, edge):
-    async with stream_server() as server, edge(server.origin) as (ask, engine), asyncio.timeout(10):
+    async with stream_server() as server, edge(server.origin) as (ask, engine), asyncio.timeout(120):
         stream = ask("stall")
         assert await anext(stream) == "one"
         del stream

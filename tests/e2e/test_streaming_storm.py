@@ -76,7 +76,7 @@ async def test_a_storm_of_streams_leaves_nothing_behind(stream_server, books, se
     rng, ends = random.Random(seed), Counter()
     async with stream_server() as server, Client(f"{server.origin}/v1", stack=stack(), model="m") as client:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             for _ in range(STREAMS // 50):
                 tasks = [asyncio.ensure_future(one(client, rng, server, ends)) for _ in range(50)]
                 for task in rng.sample(tasks, 8):

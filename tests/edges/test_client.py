@@ -301,6 +301,6 @@ print(asyncio.run(client.chat("a")).text != "")
 plain = SyncClient({server.base_url!r}, stack=Stack(), model={MODEL!r})
 print(plain.chat("b").text != "")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert (found.returncode, found.stdout) == (0, "True\nTrue\n"), found.stderr
     assert "Traceback" not in found.stderr

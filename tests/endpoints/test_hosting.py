@@ -13,7 +13,7 @@ from llmmw.endpoints.hosting import Hosted, Hosting
 from llmmw.errors import Closed, ConfigError, ConnectionFailed
 from llmmw.interrupt import is_unsent
 
-PATIENCE_S = 30
+PATIENCE_S = 120
 
 
 class Life:

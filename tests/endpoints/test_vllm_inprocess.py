@@ -23,7 +23,7 @@ from llmmw.endpoints.vllm_engine import VLLMEngine
 from llmmw.env import Env
 from llmmw.errors import AmbiguousOutcome, Closed, ConfigError, ConnectionFailed, MissingExtra, StatusError
 
-PATIENCE_S = 30
+PATIENCE_S = 120
 DEFAULTS = {
     "model": "default",
     "served_model_name": None,

@@ -10,7 +10,7 @@ from llmmw import Client, RateLimiter, Stack, SyncClient, Timeout, VLLMEndpoint,
 from llmmw.testing.server import FaultRule, Match, ServerConfig, running_server
 
 MODEL = "llmmw-embedded"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def engine(**options):

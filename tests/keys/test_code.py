@@ -18,6 +18,7 @@ import types
 
 import anthropic
 import openai
+import patience
 import pydantic
 import pytest
 
@@ -524,8 +525,13 @@ ask.close()
 
 def test_cache_08_two_programs_with_a_function_of_one_name_share_a_directory(tmp_path):
     def run(answer, system=""):
-        command = [sys.executable, "-c", PROGRAM.format(answer=answer, system=system), str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        command = [
+            sys.executable,
+            "-c",
+            patience.FOR_A_CHILD + PROGRAM.format(answer=answer, system=system),
+            str(tmp_path),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.split()
 
     assert run("summary") == ["summary", "0"]
     assert run("translation") == ["translation", "0"]
@@ -572,8 +578,8 @@ ask.close()
 
 @pytest.mark.parametrize(("annotation", "told"), [("", "1 __main__.ask returns objects"), (" -> Answer", "1\n")])
 def test_a_class_that_is_not_annotated_is_no_use_to_other_processes_and_says_so(tmp_path, annotation, told):
-    command = [sys.executable, "-c", RETURNING.format(annotation=annotation), str(tmp_path)]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout for _ in range(2)]
+    command = [sys.executable, "-c", patience.FOR_A_CHILD + RETURNING.format(annotation=annotation), str(tmp_path)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout for _ in range(2)]
     assert runs[0] == "0\n"
     assert told in runs[1]
 
@@ -600,9 +606,9 @@ if __name__ == "__main__":
 
 
 def test_a_program_shares_with_the_processes_that_it_spawns(tmp_path):
-    (tmp_path / "program.py").write_text(SPAWNING)
+    (tmp_path / "program.py").write_text(patience.FOR_A_CHILD + SPAWNING)
     command = [sys.executable, "program.py", "cache"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=240)
     assert found.stdout.split() == ["0", "1"]
 
 

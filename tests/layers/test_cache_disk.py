@@ -9,14 +9,7 @@ from llmmw.call import Context
 from llmmw.env import Env, SystemClock
 from llmmw.errors import ConfigError
 from llmmw.layers.cache import TTLCache
-from llmmw.stores import disk as disk_module
 from llmmw.testing.fake import FakeUpstream, chat_call, chat_chunks
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 10.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 10.0)
 
 
 @pytest.fixture

@@ -219,10 +219,6 @@ async def test_modes_from_the_environment_rule_the_whole_stack(clock, monkeypatc
 
 
 async def test_modes_read_and_write_share_a_directory(tmp_path, monkeypatch):
-    from llmmw.stores import disk as disk_module
-
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 10.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 10.0)
     tmp_path.chmod(0o700)
     upstream = FakeUpstream(numbered=True)
 

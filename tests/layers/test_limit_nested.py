@@ -25,7 +25,7 @@ async def test_limit_05_a_call_inside_a_call_does_not_wait_for_its_slot(concurre
         return 0 if levels == 0 else 1 + await ask(levels - 1)
 
     ask = wrapped(depth, concurrency)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert await asyncio.gather(*(ask(7) for _ in range(5))) == [7] * 5
     assert slots(ask) == (0, 0)
     await ask.aclose()
@@ -49,7 +49,7 @@ async def test_limit_05_nor_does_one_inside_a_generator():
                 yield number
 
     ask = wrapped(countdown, 1)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert [number async for number in ask(3)] == [3, 2, 1, 0]
     assert slots(ask) == (0, 0)
     await ask.aclose()
@@ -71,7 +71,7 @@ async def test_who_waits_for_calls_of_its_own_lends_one_slot_and_not_one_for_eac
         return name
 
     ask = wrapped(work, 2)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         await asyncio.gather(ask("boss"), ask("boss"))
         assert most == 2
         most = 0
@@ -101,7 +101,7 @@ async def test_no_tree_of_calls_waits_for_ever(seed):
         return total
 
     ask = wrapped(grow, rng.randrange(1, 4))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert sum(await asyncio.gather(*(ask(5) for _ in range(6)))) >= 6
         while slots(ask) != (0, 0):
             await asyncio.sleep(0)

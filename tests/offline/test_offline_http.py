@@ -86,7 +86,7 @@ async def test_a_wait_that_is_given_up_goes_on_later_and_may_be_cancelled(server
     where = offline(tmp_path, api)
     async with Client(server.base_url, KEY, stack=Stack(), model=MODEL) as client:
         waiting = asyncio.create_task(client.map([{"messages": "a"}, {"messages": "b"}], max_tokens=5, offline=where))
-        await asyncio.to_thread(server.wait, at_least={f"by_route.{PATHS[api]}/look": 1}, timeout_s=30)
+        await asyncio.to_thread(server.wait, at_least={f"by_route.{PATHS[api]}/look": 1}, timeout_s=120)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -17,7 +17,7 @@ from llmmw.pool.engines.asgi import AppEngine
 from llmmw.pool.guard import Guard
 from llmmw.wire import HTTPRequest
 
-PATIENCE_S = 30
+PATIENCE_S = 120
 VARIABLE = ContextVar("variable", default="nobody's")
 
 

@@ -128,7 +128,7 @@ class H2Server:
             pass
 
     async def until(self, condition):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -477,7 +477,7 @@ async def test_security_04_a_peer_that_pings_and_takes_no_answer_is_left(tls_h2,
         peer.server.tasks.add(asyncio.ensure_future(flood(peer)))
 
     async with H2Server(tls_h2, script) as server, opened() as pool:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             with pytest.raises(AmbiguousOutcome):
                 await ask(pool, post(server))
         server.peers[0].transport.transport.abort()

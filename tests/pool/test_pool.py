@@ -403,15 +403,15 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.server.__aenter__(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.server.__aenter__(), self.loop).result(120)
         return self.server
 
     def __exit__(self, *_):
         try:
-            asyncio.run_coroutine_threadsafe(self.server.__aexit__(None, None, None), self.loop).result(10)
+            asyncio.run_coroutine_threadsafe(self.server.__aexit__(None, None, None), self.loop).result(120)
         finally:
             self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(10)
+            self.thread.join(120)
             self.loop.close()
 
 
@@ -452,7 +452,7 @@ async def test_rehome_on_a_living_loop_closes_the_connections(engine):
         pool = ConnectionPool(engine=engine).open(Env())
         await ask(pool, post(server))
         pool.rehome()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             await server.gone.wait()
         await ask(pool, post(server))
         assert server.connections == 2

@@ -63,7 +63,7 @@ async def opened(engine, *, env=None, **options):
 
 
 async def until(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -107,7 +107,7 @@ async def test_pool_01_thousands_of_cancellations_leak_no_slot(engine):
 
         await asyncio.gather(*(churn() for _ in range(20)))
         assert pool.gauges()["in_flight"] == pool.gauges()["waiting"] == 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             assert await asyncio.gather(*(ask(pool, post(server)) for _ in range(30))) == [b"{}"] * 30
 
 
@@ -129,7 +129,7 @@ async def test_pool_02_150_calls_on_100_connections_are_all_answered(engine):
 
     async with RawServer(held) as server, opened(engine, max_connections=100) as pool:
         asking = [asyncio.create_task(ask(pool, post(server))) for _ in range(150)]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await full.wait()
         assert pool.gauges()["waiting"] == 50
         go.set()
@@ -272,8 +272,9 @@ async def test_the_total_timeout_ends_a_trickle_that_no_other_limit_would(engine
     async with RawServer(trickle) as server, opened(engine, total_timeout=0.3, chunk_timeout=20) as pool:
         with pytest.raises(UpstreamTimeout, match=r"not over within 0\.3 s"):
             await ask(pool, post(server))
-        async with asyncio.timeout(30):
-            await server.gone.wait()
+        if server.requests:  # else the machine was too busy to get as far as that
+            async with asyncio.timeout(120):
+                await server.gone.wait()
         assert pool.gauges()["in_flight"] == 0
 
 
@@ -459,7 +460,7 @@ def test_pool_05_a_pool_collected_unclosed_warns_once(engine, where):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(10)
+    asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(120)
     kept = []
 
     def lose():
@@ -490,9 +491,9 @@ def test_pool_05_a_pool_collected_unclosed_warns_once(engine, where):
         told = [(w.category, str(w.message)) for w in caught]
         assert told == [(ResourceWarning, f"BoundPool({engine}, closed=False) was not closed")]
     finally:
-        asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(120)
         loop.close()
 
 

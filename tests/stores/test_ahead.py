@@ -14,7 +14,6 @@ import pytest
 
 from llmmw.env import Env
 from llmmw.stores import ahead as ahead_module
-from llmmw.stores import disk as disk_module
 from llmmw.stores.ahead import Ahead
 from llmmw.stores.base import Match
 from llmmw.stores.disk import DiskStore
@@ -86,8 +85,6 @@ def test_a_disk_that_becomes_slow_is_left_after_five_milliseconds():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 20.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 20.0)
     monkeypatch.setattr(ahead_module, "_QUICK_S", 20.0)
     monkeypatch.setattr(ahead_module, "_LONGEST_S", 20.0)
     monkeypatch.setattr(ahead_module, "_KEPT_S", 60.0)
@@ -105,7 +102,7 @@ async def filled(place, count=100, data=b"answer", **options):
 
 
 async def settled(store):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while store._backlog or store._backlog.discards:
             await asyncio.sleep(0.001)
 

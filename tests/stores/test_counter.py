@@ -69,7 +69,7 @@ class Workers:
     def close(self):
         for process in self.processes:
             process.stdin.close()
-        codes = [process.wait(60) for process in self.processes]
+        codes = [process.wait(120) for process in self.processes]
         for process in self.processes:
             process.stdout.close()
         return codes
@@ -96,7 +96,7 @@ async def ask(limiter, seconds=30.0):
 
 def limiter(directory, *, events=None, **options):
     sinks = () if events is None else (events.append,)
-    shared = SharedCounter(directory, **options)
+    shared = SharedCounter(directory, **{"patience": 20} | options)
     return RateLimiter(rpm=1000, burst=1000, window=3600, shared=shared).bind(FakeUpstream(), Env(sinks=sinks))
 
 
@@ -235,7 +235,7 @@ def test_a_new_loop_and_a_forked_child_go_on(tmp_path):
     asyncio.run(bound.aclose())
     for thread in threading.enumerate():
         if thread.name == "llmmw-counter":
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
 
 
@@ -280,7 +280,7 @@ async def test_an_update_that_nobody_waits_for_any_more_is_harmless(tmp_path):
     going_on = threading.Event()
 
     def slowly(old, now):
-        going_on.wait(30)
+        going_on.wait(120)
         return add(old, now)
 
     waiting = asyncio.ensure_future(store.update(b"b", slowly))

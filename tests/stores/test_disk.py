@@ -15,6 +15,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import patience
 import pytest
 
 from llmmw import events as ev
@@ -54,10 +55,9 @@ def place(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """A loaded machine may need longer than 50 ms for anything; the budget has tests of its own."""
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 10.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 10.0)
+def one_try(monkeypatch):
+    """The pause after a failure lasts until a test ends it, however slow the machine is."""
+    monkeypatch.setattr(keeper_module, "_FIRST_RETRY_S", 3600.0)
 
 
 @pytest.fixture(autouse=True)
@@ -235,8 +235,8 @@ async def test_disk_02_a_database_locked_while_it_must_be_completed_is_a_miss_an
 
 
 async def test_disk_02_a_lock_that_outlasts_the_close_costs_the_writes_and_no_more(place, monkeypatch):
-    monkeypatch.setattr("llmmw.stores.iothread.FLUSH_S", 0.1)
     await stored(place)
+    monkeypatch.setattr("llmmw.stores.iothread.FLUSH_S", 0.1)
     rig = Rig(place)
     await rig.store.get(KEY)
     lock = await asyncio.to_thread(Lock, place)
@@ -251,18 +251,19 @@ async def test_disk_02_a_stuck_disk_delays_one_call_by_the_budget_and_the_next_o
     await stored(place)
     rig = Rig(place)
     await rig.store.get(KEY)
+    patience_s = disk_module.READ_BUDGET_S
     monkeypatch.setattr(disk_module, "READ_BUDGET_S", 0.05)
     free = threading.Event()
     rig.store._io().read(free.wait)
     began = time.monotonic()
-    async with asyncio.timeout(5):  # not the ten seconds that the first read had
+    async with asyncio.timeout(patience_s / 2):  # not what the first read had
         assert await asyncio.gather(*(rig.store.get(bytes([index])) for index in range(3))) == [None] * 3
     assert time.monotonic() - began > 0.04
     assert [await rig.store.get(KEY) for _ in range(3)] == [None] * 3
     assert rig.troubles() == ["slow"] * 3 + ["stalled"] * 3
     assert rig.warnings() == ["cache: slow"]
     free.set()
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 10.0)
+    monkeypatch.setattr(disk_module, "READ_BUDGET_S", patience_s)
     while rig.store._mailbox.late > rig.store._served:
         await asyncio.sleep(0.001)
     assert await rig.store.get(KEY) is not None
@@ -307,7 +308,7 @@ async def test_a_close_cancelled_while_the_disk_is_stuck_holds_the_loop_up_no_lo
         await closing
     assert len(ended) == 1
     free.set()
-    assert await asyncio.to_thread(ended[0].join, 10)
+    assert await asyncio.to_thread(ended[0].join, 120)
     assert (await found_in(place))[0] is not None
 
 
@@ -695,14 +696,14 @@ async def test_a_store_that_is_dropped_unclosed_ends_its_thread(place):
     del rig
     gc.collect()
     assert dropped() is None
-    await asyncio.to_thread(thread.join, 10)
+    await asyncio.to_thread(thread.join, 120)
     assert not thread.is_alive()
 
 
 async def test_a_store_that_is_dropped_while_nothing_can_be_written_ends_its_thread(place, monkeypatch):
-    monkeypatch.setattr(iothread_module, "FLUSH_S", 0.0)
     rig = Rig(place)
     await stored(place)
+    monkeypatch.setattr(iothread_module, "FLUSH_S", 0.0)
     assert await rig.store.get(KEY) is not None
     rig.store._keeper._writes.until = float("inf")
     rig.store.delete(KEY)
@@ -712,7 +713,7 @@ async def test_a_store_that_is_dropped_while_nothing_can_be_written_ends_its_thr
     del rig
     gc.collect()
     assert dropped() is None
-    await asyncio.to_thread(thread.join, 10)
+    await asyncio.to_thread(thread.join, 120)
     assert not thread.is_alive()
 
 
@@ -729,7 +730,7 @@ async def test_a_write_under_a_lease_that_waits_for_ever_does_not_keep_the_store
     del rig, lease
     gc.collect()
     assert dropped() is None
-    await asyncio.to_thread(thread.join, 10)
+    await asyncio.to_thread(thread.join, 120)
     assert not thread.is_alive()
     lock.release()
 
@@ -764,7 +765,9 @@ def test_what_is_queued_when_the_process_ends_is_written(place):
         "store = DiskStore(Path(sys.argv[1]), Env(), max_bytes=2**26)\n"
         "for i in range(50): store.put(bytes([i]), Entry(Header(time.time(), 60.0), b'x'), 60.0)\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", source, str(place)], check=True, timeout=30)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", patience.FOR_A_CHILD + source, str(place)], check=True, timeout=240
+    )
     rows = Rows(Path(place), 2**26)
     assert len(list(rows._table.rows())) == 50
     rows.close()

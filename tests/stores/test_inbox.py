@@ -56,7 +56,7 @@ def test_nothing_is_lost_between_many_who_put_and_one_who_sleeps_again_and_again
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert len(found) == 4 * count
     for who in range(4):
         assert [number for one, number in found if one == who] == list(range(count))
@@ -99,7 +99,7 @@ def test_a_signal_ends_nobodys_sleep(box, monkeypatch):
             if thread.is_alive():
                 signal.pthread_kill(thread.ident, signal.SIGUSR1)
         box.put(7)
-        thread.join(10)
+        thread.join(120)
     finally:
         signal.signal(signal.SIGUSR1, known)
     assert found == [7]
@@ -123,5 +123,5 @@ def test_a_forked_child_has_no_handle_of_it_from_the_first_moment_on():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.fstat(box._bell)
     box.put(1)
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive()

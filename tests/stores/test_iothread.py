@@ -40,7 +40,7 @@ def in_child(check):
 def done(thread):
     ended = threading.Event()
     thread.read(ended.set)
-    return ended.wait(10)
+    return ended.wait(120)
 
 
 def test_the_thread_closes_and_stands_still_around_a_fork(thread):
@@ -61,7 +61,7 @@ def test_a_child_forked_in_the_middle_of_a_job_must_not_use_the_disk(thread, tmp
     monkeypatch.setattr(iothread, "_FORK_S", 0.01)
     free, begun = threading.Event(), threading.Event()
     thread.read(lambda: (begun.set(), free.wait()))
-    assert begun.wait(10)
+    assert begun.wait(120)
 
     def refused():
         with pytest.raises(Refused, match="forked while"):
@@ -105,7 +105,7 @@ def test_a_write_gets_its_turn_though_reads_never_stop(thread, busy):
 
     thread.read(read)
     thread.write(write)
-    assert written.wait(10)
+    assert written.wait(120)
 
 
 def test_a_stopping_thread_does_what_is_queued_and_gives_up_what_stays_busy(thread, monkeypatch):

@@ -16,15 +16,8 @@ from llmmw.errors import ConfigError
 from llmmw.events import CacheTrouble, Warned
 from llmmw.layers.cache import TTLCache
 from llmmw.layers.coalesce import Coalescer
-from llmmw.stores import disk as disk_module
 from llmmw.stores.leasetable import FOLDER, Table
 from llmmw.testing.fake import FakeUpstream, chat_body, chat_call, chat_chunks
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    monkeypatch.setattr(disk_module, "READ_BUDGET_S", 20.0)
-    monkeypatch.setattr(disk_module, "OPEN_BUDGET_S", 20.0)
 
 
 @pytest.fixture
@@ -111,7 +104,7 @@ def leases(place):
 
 
 async def seen(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.001)
 

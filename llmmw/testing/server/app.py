@@ -145,7 +145,7 @@ class ModelServer:
         *,
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,
-        timeout_s: float = 10.0,
+        timeout_s: float = 60.0,
     ) -> dict[str, Any]:
         """Wait until dotted statistics are within bounds (``at_least={"engine.waiting": 3}``), else TimeoutError."""
         if not await self.core.wait(bounds(at_least or {}, at_most or {}), timeout_s):

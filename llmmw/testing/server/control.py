@@ -4,7 +4,7 @@ GET stats?requests=N    counters and the newest N request summaries (200); see `
 POST reset              counters, draws, limits, prefix cache, fault counts start afresh -> {"ok": true}
 GET|POST config         the settings in force; POST takes the ones to change
 GET|POST|DELETE faults  {"rules": [...], "counts": {id: {kind, matched, fired}}}; POST one rule or many -> {"ids": []}
-POST wait               {"at_least": {"engine.waiting": 3}, "at_most": {}, "timeout_s": 10} -> {"ok": true, "stats": {}}
+POST wait               {"at_least": {"engine.waiting": 3}, "at_most": {}, "timeout_s": 60} -> {"ok": true, "stats": {}}
 
 What is refused is answered by status 400 and {"error": text}.
 """
@@ -30,7 +30,7 @@ class Wait(Struct, kw_only=True, forbid_unknown_fields=True):
 
     at_least: dict[str, float] = {}
     at_most: dict[str, float] = {}
-    timeout_s: float = 10.0
+    timeout_s: float = 60.0
 
 
 def figure(report: Mapping[str, Any], path: str) -> float:

@@ -25,7 +25,7 @@ class ServerProcess:
     """
 
     def __init__(
-        self, config: ServerConfig | None = None, *, uvloop: bool = False, start_timeout_s: float = 30.0
+        self, config: ServerConfig | None = None, *, uvloop: bool = False, start_timeout_s: float = 120.0
     ) -> None:
         self.config = config or ServerConfig()
         self.url = ""
@@ -105,11 +105,11 @@ class ServerProcess:
         *,
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,
-        timeout_s: float = 10.0,
+        timeout_s: float = 60.0,
     ) -> dict[str, Any]:
         """Wait until dotted statistics are within bounds (``at_least={"engine.waiting": 3}``), else TimeoutError."""
         body = {"at_least": at_least or {}, "at_most": at_most or {}, "timeout_s": timeout_s}
-        answer = self._ask("POST", "wait", body, timeout_s + 10.0)
+        answer = self._ask("POST", "wait", body, timeout_s + 60.0)
         if not answer["ok"]:
             raise TimeoutError(f"after {timeout_s} s: {answer['stats']}")
         return as_dict(answer["stats"])
@@ -130,7 +130,7 @@ class ServerProcess:
         reader.join(self._start_timeout_s)
         return lines[0] if lines else ""
 
-    def _ask(self, method: str, name: str, body: Any = None, timeout_s: float = 30.0) -> dict[str, Any]:
+    def _ask(self, method: str, name: str, body: Any = None, timeout_s: float = 120.0) -> dict[str, Any]:
         if not self.url:
             raise RuntimeError("the embedded server is not running; use it in a with block")
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)

@@ -226,7 +226,7 @@ def test_command_line_runs_until_a_signal():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert "not a model" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.fixture
