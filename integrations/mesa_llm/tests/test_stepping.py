@@ -113,7 +113,7 @@ def test_mesa_02_one_fails_and_the_others_have_stepped(server):
 
 def test_skip_warns_and_reports_and_results_are_triples(server):
     model = World(5, server.base_url, kind=Failing)
-    with install(), pytest.warns(RuntimeWarning, match="agent 4"):
+    with install(), pytest.warns(RuntimeWarning, match="did not step: 4"):
         report = step_agents(model.agents, on_error="skip")
     assert sorted(success for _, success, _ in report) == [False] + [True] * 4
     assert {agent.unique_id for agent, success, _ in report if not success} == {4}

@@ -1,4 +1,7 @@
-"""`model.agents.shuffle_do("step")` in parallel, on every kind of agent set this Mesa has; off unless asked for."""
+"""`model.agents.shuffle_do("step")` and `do("step")` in parallel, on every kind of agent set this Mesa has.
+
+Off unless asked for. What Mesa-LLM itself puts in the place of `shuffle_do` gives way meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,29 @@ import importlib
 import importlib.util
 import threading
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mesa_llm import parallel_stepping as upstream
+
 from llmmw import ConfigError
-from llmmw_mesa.stepping import step_agents
+from llmmw_mesa.activation import waits
+from llmmw_mesa.report import StepError
+from llmmw_mesa.stepping import astep_agents, check_settings, step_agents
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmmw_mesa.report import StepReport
 
 _MISSING: Any = object()
 _MODES = {"asyncio": "overlap", "threading": "overlap", "overlap": "overlap", "snapshot": "snapshot"}
-_lock = threading.RLock()
 
 
 class Patch:
-    """An attribute of a class, replaced until it is taken back."""
+    """An attribute of a class or module, replaced until it is taken back."""
 
-    def __init__(self, owner: type, name: str, value: Any) -> None:
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
         self._owner, self._name, self._value = owner, name, value
         self._before: Any = _MISSING
 
@@ -31,32 +40,57 @@ class Patch:
         self._before = self._owner.__dict__.get(self._name, _MISSING)
         setattr(self._owner, self._name, self._value)
 
-    def take_back(self) -> None:
-        """Restore it, unless somebody else has replaced it since."""
+    def take_back(self) -> bool:
+        """Restore it, unless somebody else has replaced it since; whether it was."""
         if self._owner.__dict__.get(self._name) is not self._value:
-            return
+            return False
         if self._before is _MISSING:
             delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._before)
+        return True
+
+    def __str__(self) -> str:
+        return f"{self._owner.__name__}.{self._name}"
 
 
-class _Stepping:
-    """How sets of agents are stepped now."""
+@dataclass(frozen=True)
+class _Wanted:
+    """How sets of agents are to be stepped."""
+
+    mode: Any
+    max_concurrent: int | None
+    request_timeout: float | None
+    on_error: Any
+    always: bool
+
+
+class _State:
+    """What is in force."""
 
     def __init__(self) -> None:
-        self.mode = "overlap"
-        self.max_concurrent: int | None = None
-        self.request_timeout: float | None = None
-        self.on_error = "raise"
-        self.always = False
+        self.lock = threading.RLock()
+        self.wanted: _Wanted | None = None
         self.patches: list[Patch] = []
-        self.depth = 0
         self.last: StepReport | None = None
         self.warned = False
 
+    def set(self, wanted: _Wanted | None) -> None:
+        """Put the patches when the first is wanted, take them back when none is."""
+        with self.lock:
+            if wanted is not None and not self.patches:
+                self.patches = _patches()
+                for patch in self.patches:
+                    patch.put()
+            self.wanted = wanted
+            self.warned = False
+            if wanted is None:
+                for patch in reversed(self.patches):
+                    patch.take_back()
+                self.patches = []
 
-_stepping = _Stepping()
+
+_state = _State()
 
 
 def agent_set_classes() -> list[type]:
@@ -64,17 +98,13 @@ def agent_set_classes() -> list[type]:
     places = [importlib.import_module("mesa.agent")]
     if importlib.util.find_spec("mesa.agentset") is not None:  # since Mesa 3.4
         places.append(importlib.import_module("mesa.agentset"))
-    found: list[type] = []
+    found: dict[type, None] = {}
     for place in places:
         for value in vars(place).values():
-            concrete = isinstance(value, type) and "shuffle_do" in value.__dict__
-            if (
-                concrete
-                and not getattr(value.__dict__["shuffle_do"], "__isabstractmethod__", False)
-                and value not in found
-            ):
-                found.append(value)
-    return found
+            own = value.__dict__.get("shuffle_do") if isinstance(value, type) else None
+            if own is not None and not getattr(own, "__isabstractmethod__", False):
+                found[value] = None
+    return list(found)
 
 
 def enable_automatic_parallel_stepping(
@@ -85,76 +115,131 @@ def enable_automatic_parallel_stepping(
     on_error: str = "raise",
     always: bool = False,
 ) -> None:
-    """From now on `shuffle_do("step")` steps the agents of models with `parallel_stepping = True` side by side.
+    """From now on `shuffle_do("step")` and `do("step")` step agents side by side, where their model asks for it.
+
+    It does with `parallel_stepping = True`. `await agents.do_async("astep")` is then the same for async code. Called
+    again, the new values hold.
 
     Args:
         mode: "asyncio", "threading" or "overlap" (the same: agents with an `astep` overlap on a loop, others on
             threads), or "snapshot".
         max_concurrent: steps under way at once; None: all.
-        request_timeout: seconds per agent's step.
+        request_timeout: seconds per agent's step, waiting for a rate limit included; None: as long as it takes.
         on_error: as for `step_agents`.
-        always: also for models that did not ask for it.
+        always: also for models that did not ask for it, where agents have something to wait for.
 
     Raises:
-        ConfigError: a mode that there is not.
+        ConfigError: a value that cannot work.
     """
     if mode not in _MODES:
         raise ConfigError(f"mode={mode!r}: must be one of {', '.join(_MODES)}")
-    with _lock:
-        _stepping.mode, _stepping.max_concurrent = _MODES[mode], max_concurrent
-        _stepping.request_timeout, _stepping.on_error, _stepping.always = request_timeout, on_error, always
-        _stepping.depth += 1
-        if _stepping.depth == 1:
-            _stepping.patches = [
-                Patch(owner, "shuffle_do", _parallel(owner.__dict__["shuffle_do"])) for owner in agent_set_classes()
-            ]
-            for patch in _stepping.patches:
-                patch.put()
+    wanted = _Wanted(_MODES[mode], max_concurrent, request_timeout, on_error, always)
+    check_settings(wanted.mode, "shuffle", wanted.on_error, request_timeout, max_concurrent)
+    _state.set(wanted)
 
 
 def disable_automatic_parallel_stepping() -> None:
-    """Restore `shuffle_do`. Idempotent."""
-    with _lock:
-        if not _stepping.depth:
-            return
-        _stepping.depth = 0
-        _stepping.always = False
-        for patch in reversed(_stepping.patches):
-            patch.take_back()
-        _stepping.patches = []
+    """Restore what was there before. Idempotent."""
+    _state.set(None)
+
+
+def remembered() -> Callable[[], None]:
+    """What steps agents again as they are stepped now."""
+    before = _state.wanted
+    return lambda: _state.set(before)
+
+
+def is_enabled() -> bool:
+    """Whether agents are stepped in parallel, where that is asked for."""
+    return _state.wanted is not None
 
 
 def last_report() -> StepReport | None:
-    """Of the latest `shuffle_do("step")` that ran in parallel."""
-    return _stepping.last
+    """Of the latest `shuffle_do("step")` or `do("step")` that ran in parallel, also where it raised a StepError."""
+    return _state.last
 
 
-def _parallel(before: Any) -> Any:
-    def shuffle_do(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """Shuffle the agents and call a method of each; steps may overlap (llmmw_mesa)."""
-        if method != "step" or args or kwargs or not len(self) or not _is_wanted(self):
-            return before(self, method, *args, **kwargs)
-        report = step_agents(
-            self,
-            mode=_stepping.mode,  # type: ignore[arg-type]  # — checked when it was set
-            on_error=_stepping.on_error,  # type: ignore[arg-type]  # — as above
-            timeout=_stepping.request_timeout,
-            max_concurrency=_stepping.max_concurrent,
-        )
-        _stepping.last = report
-        if len(report) > 1 >= report.most_at_once and _stepping.max_concurrent != 1 and not _stepping.warned:
-            _stepping.warned = True
-            warnings.warn(
-                "parallel stepping was asked for, but no two steps were ever under way at once: "
-                "do the steps wait for anything?",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+def _patches() -> list[Patch]:
+    found: list[Patch] = []
+    for owner in agent_set_classes():
+        shuffled = _plain(owner.__dict__["shuffle_do"], "shuffle")
+        found.append(Patch(owner, "shuffle_do", shuffled))
+        if "do" in owner.__dict__:
+            found.append(Patch(owner, "do", _plain(owner.__dict__["do"], "given")))
+        found.append(Patch(owner, "do_async", _awaited(getattr(owner, "do_async", upstream._agentset_do_async))))  # noqa: SLF001 — as below
+        if owner is upstream.AgentSet:
+            # What Mesa-LLM puts there when its own stepping is switched on or off meanwhile, as example models do.
+            found += [Patch(upstream, name, shuffled) for name in ("_enhanced_shuffle_do", "_original_shuffle_do")]
+    return found
+
+
+def _plain(before: Any, order: Any) -> Any:
+    def stepped(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of each agent; steps may overlap (llmmw_mesa)."""
+        wanted = _wanted_by(self, method, "step", args, kwargs)
+        if wanted is None:
+            before(self, method, *args, **kwargs)
+        else:
+            with _Noted(self, wanted) as noted:
+                noted.report = step_agents(
+                    self, wanted.mode, order, wanted.on_error, wanted.request_timeout, wanted.max_concurrent
+                )
         return self
 
-    return shuffle_do
+    return stepped
 
 
-def _is_wanted(agents: Any) -> bool:
-    first = next(iter(agents))
-    return _stepping.always or bool(getattr(getattr(first, "model", None), "parallel_stepping", False))
+def _awaited(before: Any) -> Any:
+    def do_async(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Await a method of each agent; steps are looked after (llmmw_mesa)."""
+        wanted = _wanted_by(self, method, "astep", args, kwargs)
+        return before(self, method, *args, **kwargs) if wanted is None else _stepped(self, wanted)
+
+    return do_async
+
+
+async def _stepped(agents: Any, wanted: _Wanted) -> list[None]:
+    with _Noted(agents, wanted) as noted:
+        noted.report = await astep_agents(
+            agents, wanted.mode, "given", wanted.on_error, wanted.request_timeout, wanted.max_concurrent
+        )
+    return [None] * len(noted.report)
+
+
+def _wanted_by(agents: Any, method: Any, name: str, args: Any, kwargs: Any) -> _Wanted | None:
+    """How these are to be stepped, if they are."""
+    wanted = _state.wanted
+    if wanted is None or method != name or args or kwargs:
+        return None
+    if wanted.always:
+        return wanted if any(waits(agent) for agent in agents) else None
+    first = next(iter(agents), None)
+    return wanted if getattr(getattr(first, "model", None), "parallel_stepping", False) else None
+
+
+class _Noted:
+    """Remembers the report, and says so, once, when nothing was parallel about the step."""
+
+    def __init__(self, agents: Any, wanted: _Wanted) -> None:
+        self._agents = agents
+        self._wanted = wanted
+        self.report: Any = None
+
+    def __enter__(self) -> _Noted:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        report: StepReport | None = error.report if isinstance(error, StepError) else self.report
+        if report is None:
+            return
+        _state.last = report
+        if _state.warned or self._wanted.max_concurrent == 1 or len(report) < 2:
+            return
+        if report.most_at_once < 2 and any(waits(result.agent) for result in report):
+            what = "no two steps were ever under way at once: do the steps wait for anything?"
+        elif report.calls > 1 and report.most_calls_at_once < 2 and len(report) > 2:
+            what = "no two calls were ever under way at once: does something make the agents wait for each other?"
+        else:
+            return
+        _state.warned = True
+        warnings.warn(f"parallel stepping was asked for, but {what}", RuntimeWarning, stacklevel=4)
