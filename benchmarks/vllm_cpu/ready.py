@@ -57,7 +57,7 @@ def wait(base: str, *, timeout: float, check: Callable[[], None] = lambda: None)
     while True:
         check()
         try:
-            request(f"{base}/health", timeout=2)
+            request(f"{base}/health", timeout=10)
         except NOT_UP as error:
             waited = time.monotonic() - start
             if waited > timeout:

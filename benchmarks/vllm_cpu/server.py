@@ -186,7 +186,7 @@ class Settings:
     venv: pathlib.Path = STATE / "venv"
     model: pathlib.Path = STATE / "model"
     port: int = 0  # 0: a free one
-    timeout: float = 300.0
+    timeout: float = 900.0
     vllm_args: tuple[str, ...] = ()
 
     @property
@@ -375,7 +375,7 @@ def parse(argv: Sequence[str] | None) -> tuple[str, Settings, list[str]]:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--venv", type=pathlib.Path, default=STATE / "venv", help="default: .vllm/venv")
     common.add_argument("--model", type=pathlib.Path, default=STATE / "model", help="default: .vllm/model")
-    common.add_argument("--timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
+    common.add_argument("--timeout", type=float, default=900.0, help="seconds until ready (default: %(default)g)")
     common.add_argument(
         "--vllm-args",
         default=os.environ.get("LLMMW_VLLM_ARGS", ""),

@@ -26,7 +26,8 @@ SECOND_SERVER = (
     "--max-num-seqs", "4", "--max-num-queued-reqs", "4", "--api-key", "sk-test",
     "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
 )  # fmt: skip
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0
+"""Only what hangs takes so long: a machine may be twenty times slower than a quiet one."""
 _SAMPLE = re.compile(r"^([\w:]+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _FIGURES = {
     "vllm:num_requests_running": "running",
@@ -77,7 +78,9 @@ class VLLM:
 
     def post(self, path: str, body: dict) -> httpx.Response:
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=60, trust_env=False, verify=False)
+        return httpx.post(
+            self.url + path, json=body, headers=headers, timeout=PATIENCE_S, trust_env=False, verify=False
+        )
 
     async def raw(self, body: dict, path: str = "/chat/completions") -> httpx.Response:
         return await asyncio.to_thread(self.post, path, body)
@@ -98,7 +101,7 @@ class VLLM:
     def figures(self) -> Counter:
         """What /metrics says now; `posts` are HTTP requests for completions, whatever became of them."""
         found: Counter = Counter()
-        page = httpx.get(self.url.removesuffix("/v1") + "/metrics", timeout=10, trust_env=False, verify=False)
+        page = httpx.get(self.url.removesuffix("/v1") + "/metrics", timeout=PATIENCE_S, trust_env=False, verify=False)
         for name, labels, value in _SAMPLE.findall(page.text):
             if name in _FIGURES:
                 found[_FIGURES[name]] += int(float(value))
@@ -148,7 +151,7 @@ class VLLM:
         """Returns when the server has that many requests in hand (/metrics is too slow for that while it generates)."""
 
         def load() -> int:
-            page = httpx.get(self.url.removesuffix("/v1") + "/load", timeout=10, trust_env=False, verify=False)
+            page = httpx.get(self.url.removesuffix("/v1") + "/load", timeout=PATIENCE_S, trust_env=False, verify=False)
             return page.json()["server_load"]
 
         async with asyncio.timeout(PATIENCE_S):
@@ -196,7 +199,7 @@ def _second_server(_first_server):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         serving = importlib.import_module("server")
-        with serving.server(serving.Settings(vllm_args=SECOND_SERVER)) as running:
+        with serving.server(serving.Settings(vllm_args=SECOND_SERVER, timeout=PATIENCE_S)) as running:
             yield VLLM(running.url, running.model_name, running.api_key)
 
 
@@ -216,4 +219,4 @@ def _no_switches(monkeypatch):
 @pytest.fixture
 def stack() -> Stack:
     """What most programs use."""
-    return Stack.recommended(cache_ttl=300, timeout=60)
+    return Stack.recommended(cache_ttl=3600, timeout=PATIENCE_S)

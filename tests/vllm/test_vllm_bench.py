@@ -9,7 +9,7 @@ import pytest
 from llmmw import cli
 from llmmw.bench.shapes import SHAPES
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 def test_every_shape_is_answered_in_full(vllm, tmp_path, capsys):

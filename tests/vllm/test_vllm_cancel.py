@@ -11,7 +11,7 @@ import pytest
 import llmmw
 from llmmw import Client, Coalescer, Stack, SyncClient, Timeout, TTLCache, UpstreamTimeout
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 async def cancel(task):
@@ -121,28 +121,38 @@ async def test_a_cancelled_reader_of_a_stream_frees_the_server(vllm, stack):
 
 async def test_the_timeout_layer_aborts_and_says_so(vllm):
     before = await vllm.idle()
-    async with Client(vllm.url, stack=Stack(Timeout(1.5))) as client:
-        with pytest.raises(UpstreamTimeout, match="total") as caught:
-            await client.chat(**vllm.long_question("timed out"))
-        await vllm.freed(before)
+    for seconds in (1.5, 5, 15):
+        async with Client(vllm.url, stack=Stack(Timeout(seconds))) as client:
+            with pytest.raises(UpstreamTimeout, match="total") as caught:
+                await client.chat(**vllm.long_question("timed out"))
+            await vllm.freed(before)
+        if caught.value.sent:
+            break  # else the machine was too busy to get as far as that
     assert caught.value.sent
 
 
 async def test_the_timeout_layer_ends_a_stream_that_has_begun(vllm):
     before = await vllm.idle()
     pieces = []
-    async with Client(vllm.url, stack=Stack(Timeout(5))) as client:
-        with pytest.raises(llmmw.UpstreamError):
-            async for piece in client.stream(**vllm.long_question("timed out stream")):
-                pieces.append(piece)
-        await vllm.freed(before)
+    for seconds in (2, 5, 15, 45):
+        async with Client(vllm.url, stack=Stack(Timeout(seconds))) as client:
+            with pytest.raises(llmmw.UpstreamError):
+                async for piece in client.stream(**vllm.long_question("timed out stream")):
+                    pieces.append(piece)
+            await vllm.freed(before)
+        if pieces:
+            break  # else the machine was too busy for a first one
     assert pieces
 
 
 async def test_the_sdks_own_time_out_aborts(vllm, stack):
     before = await vllm.idle()
     async with openai.AsyncOpenAI(
-        base_url=vllm.url, api_key="none", max_retries=0, http_client=llmmw.httpx2_client(stack), timeout=1.5
+        base_url=vllm.url,
+        api_key="none",
+        max_retries=0,
+        http_client=llmmw.httpx2_client(stack),
+        timeout=httpx2.Timeout(600, read=1.5),
     ) as sdk:
         with pytest.raises(openai.APITimeoutError):
             await sdk.chat.completions.create(**vllm.for_sdk(vllm.long_question("sdk time-out")))
@@ -151,7 +161,7 @@ async def test_the_sdks_own_time_out_aborts(vllm, stack):
 
 async def test_a_bare_clients_own_time_out_aborts(vllm, stack):
     before = await vllm.idle()
-    async with llmmw.httpx2_client(stack, base_url=vllm.url, timeout=1.5) as client:
+    async with llmmw.httpx2_client(stack, base_url=vllm.url, timeout=httpx2.Timeout(600, read=1.5)) as client:
         with pytest.raises(httpx2.ReadTimeout):
             await client.post("/chat/completions", json=vllm.long_question("bare time-out"))
         await vllm.freed(before)

@@ -19,7 +19,7 @@ from llmmw import (
     using,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 PREFIX = "every agent begins with the same long story about a village by the sea " * 12
 
 
@@ -55,7 +55,7 @@ async def test_a_call_begins_the_inquiry_and_brings_a_reading(vllm):
     async with Client(VLLMEndpoint(vllm.url), stack=Stack()) as client:
         assert (await client.chat(**vllm.question("first"))).text
         assert client.endpoint.load.waiting == 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(600):
             while client.endpoint.about is None:
                 await asyncio.sleep(0.01)
         assert client.get_performance_stats()["layers"]["pool"]["server_waiting"] == 0
@@ -138,10 +138,9 @@ async def test_an_older_habit_of_keeping_connections_costs_a_free_retry_at_most(
         assert client.get_performance_stats()["errors"] == 0
 
 
-@pytest.mark.timeout(300)
 async def test_the_calls_under_way_follow_the_queue_of_the_server(small):
     """4 places, and no more than 4 requests are taken at all: what is refused is waited out."""
-    stack = Stack(Retry(attempts=30, backoff=0.2, max_backoff=1), RateLimiter(concurrency="1-16-64"), Timeout(120))
+    stack = Stack(Retry(attempts=100, backoff=0.2, max_backoff=1), RateLimiter(concurrency="1-16-64"), Timeout(600))
     async with Client(VLLMEndpoint(small.url, small.api_key), stack=stack) as client:
         bodies = [
             small.question(f"crowd {n}", max_tokens=100, structured_outputs=None, ignore_eos=True) for n in range(48)

@@ -10,7 +10,7 @@ import pytest
 import llmmw
 from llmmw import Client, StatusError, SyncClient
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 LONG = [{"role": "user", "content": "word " * 5000}]
 REFUSALS = {

@@ -10,7 +10,7 @@ from llmmw import Client, Coalescer, Retry, Stack, Timeout, TTLCache, Usage, usi
 from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.endpoints.vllm import VLLMEndpoint
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 COUNT = 48
 FIELDS = {"temperature": 0, "max_tokens": 24}

@@ -11,7 +11,7 @@ import pytest
 import llmmw
 from llmmw import Client, ProtocolError, Retry, Stack, StatusError, SyncClient
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 MOOD = {
     "type": "object",

@@ -11,7 +11,7 @@ import pytest
 import llmmw
 from llmmw import Client, Coalescer, Stack, SyncClient, TTLCache
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 async def raw_stream(vllm, body, path="/chat/completions") -> bytes:

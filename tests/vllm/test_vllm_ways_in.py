@@ -13,7 +13,7 @@ import pytest
 import llmmw
 from llmmw import Client, RateLimiter, Stack, SyncClient, using
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 def sdk_for(vllm, kind=openai.AsyncOpenAI, **options):
