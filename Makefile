@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks integrations
 
-.PHONY: help install demo test cases chaos check bench bench-peers bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm test-integrations cover format pin clean
+.PHONY: help install demo test soak cases chaos check bench bench-peers bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm test-integrations cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -33,6 +33,15 @@ demo: $(READY)  ## the main job, three ways, on the embedded model server
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 test: $(READY)  ## all tests that need no vLLM, on WORKERS processes (at most 4)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+N ?= 20
+soak: $(READY)  ## `make test` N=20 times in a row, a line for each; the logs of those that failed stay in out/
+	@mkdir -p out; failed=0; for run in $$(seq $(N)); do \
+		log=out/soak-$$run.log; began=$$SECONDS; said=green; \
+		$(MAKE) test > $$log 2>&1 || { said=FAILED; failed=1; }; \
+		echo "run $$run $$said, $$((SECONDS - began)) s, load$$(uptime | sed 's/.*average//'): $$(grep -E '^[0-9]+ (passed|failed)' $$log | tail -n 1 || true)"; \
+		if [ $$said = green ]; then rm $$log; fi; \
+	done; exit $$failed
 
 cases: $(READY)  ## the specification's cases, the tests that prove them, and how they end
 	$(BIN)/python tests/cases.py
