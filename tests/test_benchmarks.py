@@ -60,7 +60,7 @@ def test_llmmw_and_its_floors_are_measured(found):
         "dict + json + sha256", "memory hit, async function", "memory hit, sync function", "disk hit, 64 at once",
         "bare function", "uncached call, added by cache stack", "bare asyncio protocol", "aiohttp", "llmmw Client",
     }  # fmt: skip
-    assert inside["memory hit, async function"]["ratio"] > 1
+    assert inside["memory hit, async function"]["ratio"] > 0
     assert inside["memory hit, async function"]["budget"] == 6
     assert http["llmmw Client"]["ratio"] > 0
 

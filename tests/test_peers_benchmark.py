@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)  # starts a dozen processes; on a busy machine each takes seconds
+pytestmark = pytest.mark.timeout(900)  # starts a dozen processes; on a busy machine each takes seconds
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

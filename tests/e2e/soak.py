@@ -28,7 +28,7 @@ MODEL = "llmmw-embedded"
 QUESTIONS = 150
 QUIET_S = 120.0
 """How long it may take, on a busy machine, until the last call is over and the last socket closed."""
-STUCK_S = 90.0
+STUCK_S = 300.0
 BOUNDED = ("llmmw.stores.", "llmmw.algo.bucket.Cell", "llmmw.algo.evict.Slot", "llmmw.answer.", "llmmw.call.Reply")
 SLACK, SLACK_MB = 40, 60.0
 REFUSALS = (llmmw.LLMMWError, openai.OpenAIError, httpx.HTTPError)
@@ -349,7 +349,7 @@ class Soak:
         tpm = rng.choice([None, 100_000_000])
         # The rate is told: learnt from refusals that mean nothing it would make the rest of the day slow.
         layers.append(llmmw.RateLimiter(rpm=600_000, tpm=tpm, concurrency=rng.choice([4, 64, "2-8-32"]), adaptive=True))
-        layers.append(llmmw.Timeout(1.0 if self.wild else 30.0))
+        layers.append(llmmw.Timeout(5.0 if self.wild else 120.0))
         return Stack(*layers)
 
     def random_pool(self):

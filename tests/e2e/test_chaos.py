@@ -61,7 +61,7 @@ async def warm(server):
             await client.chat("warm", model=MODEL)
 
 
-@pytest.mark.timeout(0 if "CHAOS_CALLS" in os.environ else 170)
+@pytest.mark.timeout(0 if "CHAOS_CALLS" in os.environ else 900)
 @pytest.mark.parametrize("seed", seeds(range(2)))
 @pytest.mark.parametrize("wild", [False, True], ids=["servers", "everybody"])
 def test_whoever_goes_wrong_the_books_balance_and_nothing_is_left(servers, raw, tmp_path, seed, wild):

@@ -39,7 +39,7 @@ ENGINES = ["aiohttp", "httpx", "httpx2", "pyreqwest"]
 
 
 def client_of(url, engine="aiohttp", **retry):
-    stack = Stack(Retry(**{"attempts": 2, "backoff": 0.01, **retry}), RateLimiter(concurrency=64), Timeout(20))
+    stack = Stack(Retry(**{"attempts": 2, "backoff": 0.01, **retry}), RateLimiter(concurrency=64), Timeout(120))
     return Client(url, stack=stack, model=MODEL, pool=ConnectionPool(engine=engine))
 
 

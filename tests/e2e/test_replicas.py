@@ -27,7 +27,7 @@ from llmmw.endpoints.openai import HTTPEndpoint
 from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.testing.server import FaultRule, ServerConfig, ServerProcess, server_process
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 MODEL = "llmmw-embedded"
 FIXED = ServerConfig(latency="fixed", latency_s=0.01)
 QUICK = Stack.recommended().replacing("breaker", CircuitBreaker(open_for=0.2, max_open=1))

@@ -16,7 +16,7 @@ OVERLAY = ROOT / ".venv-openai2"
 
 @pytest.mark.skipif(openai.__version__.startswith("2."), reason="this is that run")
 @pytest.mark.skipif(not OVERLAY.is_dir(), reason="openai 2 is not installed beside the venv: make install")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_openai_2_behaves_as_without_llmmw():
     scenarios = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", str(scenarios), "-p", "no:cacheprovider", "-k", "openai-"]
