@@ -152,7 +152,8 @@ class Reply(msgspec.Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
     """Response headers with lower-case names; hop-by-hop headers removed."""
     service_s: float = 0.0
-    """Seconds of service at the endpoint, without queueing or back-off; 0 until known."""
+    """Seconds of service at the endpoint, without queueing or back-off; of a cached answer, what it once took. 0 until
+    known."""
     stale: bool = False
     """True where an expired answer was served on purpose (stale-while-revalidate, stale-if-error)."""
     attempts: tuple[Attempt, ...] = ()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmmw import events as ev
 from llmmw.answer import Usage
+from llmmw.call import Reply
 from llmmw.env import Env
-from llmmw.stats import LatencyHistogram, Stats
+from llmmw.stats import LatencyHistogram, Stats, cache_hit
 
 
 def numbers_in(value):
@@ -83,6 +85,25 @@ def test_every_event_is_folded_where_the_design_says():
     assert found["by_agent"]["a"]["request_count"] == 3
     assert found["layers"]["limit"]["queue"] == 0
     assert all(math.isfinite(number) for number in numbers_in(found))
+
+
+def test_hits_are_counted_exactly_however_many_come_at_once_from_several_threads():
+    stats, told = Stats(), Stats()
+    reply = Reply(data=b"x", source="cache", usage=Usage(3, 4), service_s=0.5)
+    threads = [
+        threading.Thread(target=lambda agent=agent: [stats.hit(reply, 0.25, agent) for _ in range(1001)])
+        for agent in (None, None, "a", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        found = stats.snapshot()  # which counts, too
+        assert found["tokens_saved"] == 7 * found["cache_hits"]
+    for agent in [None] * 2002 + ["a"] * 1001 + ["b"] * 1001:
+        told(cache_hit(reply, agent))
+        told(ev.CallEnded("hit", 0.25, agent, reply.usage))
+    assert stats.snapshot() == told.snapshot()
+    assert stats.snapshot()["request_count"] == 4004
 
 
 def test_a_snapshot_is_the_callers_own():

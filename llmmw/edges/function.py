@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 from llmmw.call import Call, Item, Reply, current_context
 from llmmw.codec import Codec, Undecodable
 from llmmw.edges.arguments import Binder
-from llmmw.endpoints.function import FunctionEndpoint, FunctionKind, Invocation
+from llmmw.endpoints.function import FunctionEndpoint, FunctionKind
 from llmmw.errors import ConfigError
 from llmmw.events import Warned
 from llmmw.keys.canonical import module_name
@@ -93,7 +93,7 @@ class FunctionEdge:
             payload,
             self._stream,
             context,
-            Invocation(args, kwargs),
+            (args, kwargs),
             self.name,
             "" if context.tenant is None else namespace_of(context.tenant),
             self._code.variant(),
@@ -204,7 +204,8 @@ def _async_caller(edge: FunctionEdge) -> Callable[..., Any]:
     async def call(*args: Any, **kwargs: Any) -> Any:
         request = edge.call(args, kwargs)
         try:
-            return edge.value(await engine.call(request))
+            found = engine.at_once(request)
+            return edge.value(found if isinstance(found, Reply) else await engine.go_on(found))
         except Undecodable:
             edge.forget_undecodable(request)
             return edge.value(await engine.call(request))

@@ -17,14 +17,14 @@ import operator
 import secrets
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from llmmw.edges.sdkmethod import Method
 from llmmw.endpoints.sdk import SDKEndpoint
 from llmmw.env import disabled
 from llmmw.errors import ConfigError
-from llmmw.keys.identity import Namespaces, account_of, asker_of, has_provider
+from llmmw.keys.identity import ACCOUNT_FIELDS, PROVIDERS, Namespaces, account_of, asker_of, has_provider
 from llmmw.order import Role
 from llmmw.pool.guard import origin_of
 from llmmw.settings import accepting, text
@@ -122,6 +122,15 @@ class Shared:
         """Stands for a credential that changes by itself: shared within this engine only."""
 
 
+class Standing(NamedTuple):
+    """Where a call goes and who makes it."""
+
+    target: str
+    credential: str
+    variant: tuple[tuple[str, str], ...]
+    """What chooses another behaviour of the server; see `Asker`."""
+
+
 class Wrapping:
     """One client's patched methods, and what its calls have in common."""
 
@@ -134,8 +143,9 @@ class Wrapping:
         self._max_retries = client.max_retries
         if shared.retries:
             client.max_retries = 0
-        self._base_url: Any = None
-        self.target = ""
+        watched = ("_base_url", "_custom_headers", "_custom_query", *ACCOUNT_FIELDS, *PROVIDERS)
+        self._watch = operator.attrgetter(*(name for name in watched if hasattr(client, name)))
+        self._known: tuple[object, Standing] = (None, Standing("", "", ()))
         for op, path in _RESOURCES[shared.package].items():
             resource = operator.attrgetter(path)(client)
             self._patch(resource, "create", Method(self, op, resource).caller())
@@ -182,32 +192,34 @@ class Wrapping:
 
         return functools.wraps(original)(close)
 
-    def place(self) -> str:
-        """The target of the client's current base URL."""
-        url = self.client.base_url
-        if url is not self._base_url:
-            self._base_url, self.target = url, _target_of(self.client)
-        return self.target
+    def standing(self, headers: Mapping[str, Any], query: Mapping[str, Any] | None) -> Standing:
+        """Where a call goes and who makes it: the client's settings as they are now, and what the call adds to them."""
+        if headers or query:
+            return self._stand(headers, query or {})
+        settings, (known, standing) = self._watch(self.client), self._known
+        if settings != known:
+            standing = self._stand({}, {})
+            self._known = (tuple(map(_as_it_is, settings)), standing)
+        return standing
 
-    def credential(self, extra: Mapping[str, Any]) -> str:
-        """Who asks: the client's credential and account, as they are now."""
+    def _stand(self, added_headers: Mapping[str, Any], added_query: Mapping[str, Any]) -> Standing:
         client = self.client
         held = account_of(client)
         if has_provider(client):
             held["provider"] = self.shared.provider_token
-        headers = {**client._custom_headers, **extra}  # noqa: SLF001 — the SDK shows them merged with a dozen others only
-        named = asker_of((name, str(value)) for name, value in headers.items())
-        return "".join(f"\n{name}={value}" for name, value in held.items()) + named.credential
-
-    def variant(self, extra: Mapping[str, Any], query: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
-        """Headers and query parameters that change the answer."""
-        client = self.client
-        headers = {**client._custom_headers, **extra}  # noqa: SLF001 — the SDK has no public one
-        added = {**client._custom_query, **(query or {})}  # noqa: SLF001 — the SDK has no public one
-        return asker_of(
+        headers = {**client._custom_headers, **added_headers}  # noqa: SLF001 — the SDK shows them merged with a dozen others only
+        query = {**client._custom_query, **added_query}  # noqa: SLF001 — the SDK has no public one
+        asker = asker_of(
             ((name, str(value)) for name, value in headers.items()),
-            ((name, str(value)) for name, value in added.items()),
-        ).variant
+            ((name, str(value)) for name, value in query.items()),
+        )
+        account = "".join(f"\n{name}={value}" for name, value in held.items())
+        return Standing(_target_of(client), account + asker.credential, asker.variant)
+
+
+def _as_it_is(setting: Any) -> Any:
+    """A setting that stays what it is: mappings may be changed in place."""
+    return dict(cast("dict[str, Any]", setting)) if isinstance(setting, dict) else setting
 
 
 def _library_of(client: Any) -> tuple[Any, Any]:

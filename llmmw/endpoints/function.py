@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
 from llmmw.answer import NO_USAGE, Usage, usage_of
 from llmmw.call import Item, Reply
 from llmmw.endpoints.base import counted
@@ -18,17 +16,13 @@ if TYPE_CHECKING:
     from llmmw.codec import Codec
     from llmmw.env import Env
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The native request of the function edge."""
+
 FunctionKind = Literal["sync", "async", "async generator"]
 
 _THREADS = 512
 """Upper bound on worker threads for a sync function; the stack's `concurrency` is the limit that is meant to bind."""
-
-
-class Invocation(msgspec.Struct, frozen=True):
-    """The native request of the function edge."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class FunctionEndpoint:
@@ -60,24 +54,25 @@ class FunctionEndpoint:
         return await counted(self._env, self.name, call, self._answer)
 
     async def _answer(self, call: Call) -> Reply:
-        invocation: Invocation = call.native
+        given: Arguments = call.native
+        args, kwargs = given
         if self._kind == "async generator":
-            values = self._function(*invocation.args, **invocation.kwargs)
+            values = self._function(*args, **kwargs)
             return Reply(chunks=ValueChunks(values, self._codec, self))
         with Run(self):
             if self._kind == "async":
-                value = await self._function(*invocation.args, **invocation.kwargs)
+                value = await self._function(*args, **kwargs)
             else:
-                value = await self._on_thread(invocation)
+                value = await self._on_thread(args, kwargs)
         return Reply(data=self._codec.encode(value), native=value, usage=usage_in(value))
 
-    async def _on_thread(self, invocation: Invocation) -> Any:
+    async def _on_thread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from anyio import CapacityLimiter, to_thread  # noqa: PLC0415 — only sync functions pay for anyio
 
         if self._threads is None:
             self._threads = CapacityLimiter(_THREADS)
         return await to_thread.run_sync(
-            lambda: self._function(*invocation.args, **invocation.kwargs),
+            lambda: self._function(*args, **kwargs),
             limiter=self._threads,
             abandon_on_cancel=True,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from llmmw.answer import NO_USAGE
 from llmmw.call import Reply
@@ -27,7 +27,7 @@ from llmmw.layers.flight import current_flight
 from llmmw.stats import Stats, result_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from types import TracebackType
 
     from llmmw.answer import Usage
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from llmmw.events import CallResult
     from llmmw.layers.base import Bound
     from llmmw.stream import End
-
-T = TypeVar("T")
 
 
 class Engine(Forgetting, Keeping, Changing, Figures):
@@ -92,14 +90,24 @@ class Engine(Forgetting, Keeping, Changing, Figures):
             Closed: the engine was closed.
             LLMMWError: what the layers and the endpoint raise; a user function's own exceptions come through as is.
         """
+        found = self.at_once(call)
+        return found if isinstance(found, Reply) else await self.go_on(found)
+
+    def at_once(self, call: Call) -> Reply | Call:
+        """The first half of `call`, which takes no waiting: the answer from memory, else the call for `go_on`.
+
+        Raises:
+            Closed: the engine was closed.
+        """
         if self._closed:
             return self._last_hit(call)
+        home = self._home
+        return self._at_hand(call, here=home.loop is asyncio.get_running_loop() or home.adopt())
+
+    async def go_on(self, call: Call) -> Reply:
+        """The second half of `call`."""
         if self._home.adopt():
-            found = self._at_hand(call, here=True)
-            return found if isinstance(found, Reply) else await self._serve(found)
-        reply = self._peek(call)
-        if reply is not None:
-            return reply
+            return await self._serve(call)
         return bridged(self._home, await self._home.run(lambda: self._serve(call)))
 
     def call_sync(self, call: Call) -> Reply:
@@ -115,17 +123,6 @@ class Engine(Forgetting, Keeping, Changing, Figures):
         if reply is not None:
             return reply
         return bridged(self._home, self._home.run_sync(lambda: self._serve(call)))
-
-    def run_sync(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on the home loop and wait, from plain code.
-
-        Raises:
-            ConfigError: called on the home loop's own thread.
-            Closed: the engine was closed.
-        """
-        if self._closed:
-            raise closed_error()
-        return self._home.run_sync(make, repeat=False)
 
     def _last_hit(self, call: Call) -> Reply:
         """While calls in flight are waited for, what is in memory is still answered: it needs nothing that closes."""
@@ -146,15 +143,16 @@ class Engine(Forgetting, Keeping, Changing, Figures):
         source = self._hit_source
         if source is None or call.stream or call.direct:
             return call
-        began = self.env.clock.monotonic()
+        env, monotonic = self.env, self.env.clock.monotonic
+        began = monotonic()
         found = source.look(call) if here else source.peek(call)
         if not isinstance(found, Reply):
             return found or call
-        agent = call.context.agent
-        if self.env.observed:
-            self.env.emit(CallStarted(agent))
-        result, error_name = result_of(found)
-        self.env.emit(CallEnded(result, self.env.clock.monotonic() - began, agent, found.usage, error_name))
+        took_s, agent = monotonic() - began, call.context.agent
+        if found.source == "cache" and found.ok and not (found.stale or env.observed):  # nearly every one
+            self._stats.hit(found, took_s, agent)
+        else:
+            self._tell_hit(found, took_s, agent)
         return found
 
     async def _serve(self, call: Call) -> Reply:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from llmmw.engine.onhome import OnHome
+from llmmw.events import CallEnded, CallStarted
+from llmmw.stats import cache_hit, result_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from llmmw.call import Reply
     from llmmw.endpoints.base import Endpoint
     from llmmw.engine.inflight import InFlight
     from llmmw.stats import Stats
@@ -19,7 +22,7 @@ _LARGEST = frozenset({"paused_s", "shared_by", "server_kv_cache_usage"})
 
 
 class Figures(OnHome):
-    """An engine's method for its statistics; from any thread."""
+    """An engine's methods for its statistics; from any thread."""
 
     _calls: InFlight
     _endpoints: Sequence[Endpoint]
@@ -34,6 +37,15 @@ class Figures(OnHome):
             if read is not None and (found := read()):
                 _add(gauges.setdefault(name, {}), found)
         return self._stats.snapshot(len(self._calls), gauges)
+
+    def _tell_hit(self, reply: Reply, took_s: float, agent: str | None) -> None:
+        """What happened, to everybody who listens."""
+        emit = self.env.emit
+        if reply.source == "cache":
+            emit(cache_hit(reply, agent))
+        emit(CallStarted(agent))
+        result, error_name = result_of(reply)
+        emit(CallEnded(result, took_s, agent, reply.usage, error_name))
 
 
 def _add(known: dict[str, object], found: dict[str, object]) -> None:

@@ -1,9 +1,10 @@
 """One injective byte form per request: equal bytes mean the same question, in every process.
 
 Three ways, from fast to careful, and the request alone decides which one it takes:
-plain chat bodies are checked by a few type tests and encoded; other JSON is encoded and proven by decoding it
-again; whatever is not JSON (and every function's arguments) is written out with a tag per type. Never `repr`,
-`hash` or `id`.
+plain chat bodies and arguments are checked by a few type tests and encoded as msgpack, which copies texts where JSON
+looks at every character; other JSON is encoded and proven by decoding it again; whatever is not JSON (and every other
+function's arguments) is written out with a tag per type. No JSON text begins as one of the msgpack forms does. Never
+`repr`, `hash` or `id`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _TOLD_BY_TEXT = frozenset({
 _ZONES = frozenset({"builtins.NoneType", "datetime.timezone", "zoneinfo.ZoneInfo"})
 SCALARS = frozenset({str, int, bool, type(None)})
 
+_encode_flat = msgspec.msgpack.Encoder(order="deterministic").encode
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 _encode_ordered = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -70,8 +72,8 @@ def json_form(head: tuple[object, ...], body: dict[str, Any], *, remote_content:
         Uncacheable: no injective form.
     """
     try:
-        if _is_flat(body):
-            return _encode_sorted((*head, body))
+        if is_flat(body):
+            return _flat_form(head, body)
         encoded = _encode_sorted((*head, body))
         is_json = bool(_decode(encoded)[-1] == body)
     except UnicodeEncodeError:
@@ -90,8 +92,24 @@ def json_form(head: tuple[object, ...], body: dict[str, Any], *, remote_content:
     return tagged_form(head, body)
 
 
+def arguments_form(head: tuple[object, ...], arguments: Mapping[str, Any]) -> bytes:
+    """The form of a function's arguments.
+
+    Raises:
+        Uncacheable: no injective form.
+    """
+    if is_flat(arguments):
+        try:
+            return _flat_form(head, arguments)
+        except UnicodeEncodeError:
+            raise Uncacheable("lone surrogate") from None
+        except (TypeError, ValueError):  # no plain mapping, a key in it that is no text, an int too large: told below
+            pass
+    return tagged_form(head, arguments)
+
+
 def tagged_form(head: tuple[object, ...], body: Mapping[str, Any]) -> bytes:
-    """The form of a function's arguments: every container and object carries the name of its type.
+    """The form in which every container and object carries the name of its type.
 
     Raises:
         Uncacheable: no injective form.
@@ -105,8 +123,15 @@ def tagged_form(head: tuple[object, ...], body: Mapping[str, Any]) -> bytes:
         raise Uncacheable("int too large") from None
 
 
-def _is_flat(body: dict[str, Any]) -> bool:
-    """Whether a body is only texts, numbers and messages of texts (then its JSON is injective without proof)."""
+def _flat_form(head: tuple[object, ...], body: Mapping[str, Any]) -> bytes:
+    try:
+        return _encode_flat((head, body))
+    except OverflowError:  # an int of more than 64 bits
+        return _encode_sorted((head, body))
+
+
+def is_flat(body: Mapping[str, Any]) -> bool:
+    """Whether a body is only texts, numbers and messages of texts (then what is encoded is injective without proof)."""
     for name, value in body.items():
         kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]  # a cast costs more than the test
         if kind in SCALARS:

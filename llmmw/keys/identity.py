@@ -27,8 +27,8 @@ VARIANT_HEADERS = frozenset({"api-version", "anthropic-version", "anthropic-beta
 
 _ACCOUNTS = frozenset({"authorization", "openai-organization", "openai-project"})
 _CREDENTIAL_ENDINGS = ("-key", "-token", "-secret", "-auth", "-authorization", "apikey")
-_ACCOUNT_FIELDS = ("api_key", "auth_token", "organization", "project")
-_PROVIDERS = ("_api_key_provider", "_azure_ad_token_provider", "credentials")
+ACCOUNT_FIELDS = ("api_key", "auth_token", "organization", "project")
+PROVIDERS = ("_api_key_provider", "_azure_ad_token_provider", "credentials")
 _NO_CREDENTIAL = "idempotency-key"
 _MAX_KNOWN = 4096
 """Credentials whose namespace is remembered; a gateway sees any number of them."""
@@ -83,13 +83,13 @@ def account_of(client: Any) -> dict[str, str]:
 
     What is no text is no setting: Anthropic's clients have an `organization` with methods.
     """
-    held = {name: getattr(client, name, None) for name in _ACCOUNT_FIELDS}
+    held = {name: getattr(client, name, None) for name in ACCOUNT_FIELDS}
     return {name: value for name, value in held.items() if isinstance(value, str) and value}
 
 
 def has_provider(client: Any) -> bool:
     """Whether the credential of an SDK's client changes by itself."""
-    return any(getattr(client, name, None) is not None for name in _PROVIDERS)
+    return any(getattr(client, name, None) is not None for name in PROVIDERS)
 
 
 class Namespaces:

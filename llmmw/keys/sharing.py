@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
-from llmmw.keys.canonical import SCALARS, Uncacheable, json_form, tagged_form
+from llmmw.keys.canonical import SCALARS, Uncacheable, arguments_form, json_form
 from llmmw.keys.identity import VARIANT_HEADERS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = [
     "is_deterministic", "key_of", "wire_body",
 ]  # fmt: skip
 
-KEY_SCHEMA = 1
+KEY_SCHEMA = 2
 """Part of every key; raised when the form changes, so that old entries are not found rather than misread."""
 
 Sampling = Literal["share", "lanes", "deterministic"]
@@ -59,7 +59,7 @@ def key_of(call: Call, *, lane: str = "", remote_content: bool = False) -> bytes
     """
     context = call.context
     if call.op == "function":
-        digest = sha256(tagged_form(head_of(call, context.tenant), call.payload)).digest()
+        digest = sha256(arguments_form(head_of(call, context.tenant), call.payload)).digest()
     else:
         payload = call.payload
         body: dict[str, Any] = payload if type(payload) is dict else dict(payload)  # pyright: ignore[reportUnknownVariableType]

@@ -82,7 +82,10 @@ class Bound:
         return await self.inner(call)
 
     def peek(self, call: Call) -> Reply | None:
-        """An answer that is at hand without waiting; called from any thread. Default: none."""
+        """An answer that is at hand without waiting; called from any thread. Default: none.
+
+        Whoever gives it to a caller tells of the hit (`stats.cache_hit`), here as with `look`.
+        """
         del call
         return None
 

@@ -7,9 +7,10 @@ import contextvars
 import math
 from typing import TYPE_CHECKING, Literal, cast
 
-from llmmw.events import CacheHit, CacheSkipped, CacheStored, Warned
+from llmmw.events import CacheSkipped, CacheStored, Warned
 from llmmw.fault import FaultKind, classify
 from llmmw.layers.filling import Fill
+from llmmw.stats import cache_hit
 from llmmw.stores.record import Making
 from llmmw.stores.record import play as play_entry
 
@@ -60,17 +61,13 @@ class Filler:
         self._jitter = settings.jitter
         self._revalidate_s = cast("float", settings.stale_while_revalidate)
         self._on_error_s = cast("float", settings.stale_if_error)
-        self._shut: set[str] = set()
+        self.shut: set[str] = set()
+        """Namespaces that get no hits because their credential was refused."""
         self._told: set[str] = set()
         self._refreshes: dict[bytes, asyncio.Task[None]] = {}
 
-    def is_shut(self, namespace: str) -> bool:
-        """Whether a namespace gets no hits because its credential was refused."""
-        return bool(self._shut) and namespace in self._shut
-
-    def state_of(self, resident: Resident) -> State:
-        """What may be done with an entry now; "due" is fresh, but worth renewing."""
-        now = self.env.clock.monotonic()
+    def state_of(self, resident: Resident, now: float) -> State:
+        """What may be done with an entry; "due" is fresh, but worth renewing."""
         fresh = now < resident.expires
         if resident.entry.header.status >= FIRST_REFUSAL and not (fresh and self._negative_s):
             return "expired"  # no refusal is served stale, nor one that another process keeps
@@ -119,24 +116,24 @@ class Filler:
         reply = play_entry(stale.entry, call) if fault is not None and fault.kind in _PASSING else None
         if reply is None:
             return None
-        header = stale.entry.header
-        self.env.emit(CacheHit("memory", header.usage, header.cost_s, stale=True, agent=call.context.agent))
-        return reply.replace(stale=True)
+        reply = reply.replace(stale=True)
+        self.env.emit(cache_hit(reply, call.context.agent))
+        return reply
 
     def note_credential(self, call: Call, reply: Reply) -> None:
         """A refused credential closes its namespace to hits, a success opens it again."""
         if not reply.fallback:  # which has a credential of its own
             if reply.status in {401, 403}:
-                self._shut.add(call.namespace)
+                self.shut.add(call.namespace)
             elif reply.ok:
-                self._shut.discard(call.namespace)
+                self.shut.discard(call.namespace)
 
     def note_error(self, call: Call, error: BaseException) -> None:
         """The same for a credential that an SDK within a user's function was refused."""
         if self.settings.auth_check and isinstance(error, Exception):
             fault = classify(error, wall=self.env.clock.wall())
             if fault is not None and fault.status in {401, 403}:
-                self._shut.add(call.namespace)
+                self.shut.add(call.namespace)
 
     def why_not(self, reply: Reply) -> str | None:
         """Why an answer is not even looked at, or None."""

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from llmmw.events import CacheHit, CacheMiss, CacheSkipped
+from llmmw.events import CacheMiss, CacheSkipped
 from llmmw.keys import Sharing, Uncacheable, is_deterministic
 from llmmw.layers.base import Bound
 from llmmw.layers.cachefill import Filler
 from llmmw.layers.filling import ASIDE, Fill
+from llmmw.stats import cache_hit
 from llmmw.stores.base import Match
 from llmmw.stores.record import STORABLE_OPS, play
 
@@ -46,17 +47,24 @@ class BoundCache(Bound):
             return await self.inner(replace(call, fill=None))
         if not isinstance(fill, Fill) or fill.filler is not self._filler:  # nobody has looked yet
             found = self._at_hand(call)
+            if found is None:
+                return await self.inner(call)
             if not isinstance(found, Fill):
-                return await self.inner(call) if found is None else found
+                return self._told(call, found, "memory")
             call, fill = found.shared_call(), found
         if fill.missed:
             if fill.stale is None and self._store.backing is not None:
                 fill.stale = resident = await self._fetch(fill.draw)
-                hit = None if resident is None else self._given(call, fill.draw, resident, "disk")
+                now = self.env.clock.monotonic()
+                hit = None if resident is None else self._given(call, fill.draw, resident, now)
                 if hit is not None:
-                    return hit
+                    return self._told(call, hit, "disk")
             self.env.emit(_MISS)
         return await self._filler.fill(call, fill)
+
+    def _told(self, call: Call, hit: Reply, tier: str) -> Reply:
+        self.env.emit(cache_hit(hit, call.context.agent, tier))
+        return hit
 
     def look(self, call: Call) -> Reply | Call:
         """The answer in memory; else the call as it goes inside, with which this layer goes on when it is called."""
@@ -71,40 +79,41 @@ class BoundCache(Bound):
         if draw is None:
             return None
         filler = self._filler
-        if not self._reads or filler.is_shut(call.namespace):
+        if not self._reads or call.namespace in filler.shut:
             return Fill(filler, call, draw)
-        resident = self._store.peek(draw.key)
+        now = self.env.clock.monotonic()
+        resident = self._store.peek(draw.key, now)
         if resident is not None:
-            reply = self._given(call, draw, resident, "memory")
+            reply = self._given(call, draw, resident, now)
             if reply is not None:
                 return reply
         return Fill(filler, call, draw, missed=True, stale=resident)
 
-    def _given(self, call: Call, draw: Draw, resident: Resident, tier: str) -> Reply | None:
+    def _given(self, call: Call, draw: Draw, resident: Resident, now: float) -> Reply | None:
         """The answer from an entry, where its age allows; one that is due or stale is renewed meanwhile."""
-        state = self._filler.state_of(resident)
-        if state == "fresh":
-            return self._hit(call, resident, tier)
+        state = self._filler.state_of(resident, now)
         if state == "expired":
             return None
-        reply = self._hit(call, resident, tier, is_stale=state == "stale")
-        if reply is not None:
-            self._filler.refresh(call, draw)
-        return reply
+        reply = (None if call.stream else resident.reply) or _played(call, resident)
+        if reply is None or state == "fresh":
+            return reply
+        self._filler.refresh(call, draw)
+        return reply if state == "due" else reply.replace(stale=True)
 
     def peek(self, call: Call) -> Reply | None:
         """A fresh answer in memory; from any thread."""
         if isinstance(call.fill, Fill) and call.fill.filler is self._filler:  # looked for already
             self._sharing.give_back(call.fill.draw)
             return None
-        if not self._reads or self._filler.is_shut(call.namespace):
+        if not self._reads or call.namespace in self._filler.shut:
             return None
         draw = self._draw(call, told=False)
         if draw is None:
             return None
-        resident = self._store.peek(draw.key)
-        if resident is not None and self._filler.state_of(resident) == "fresh":  # a refresh is the home loop's
-            reply = self._hit(call, resident, "memory")
+        now = self.env.clock.monotonic()
+        resident = self._store.peek(draw.key, now)
+        if resident is not None and self._filler.state_of(resident, now) == "fresh":  # a refresh is the home loop's
+            reply = (None if call.stream else resident.reply) or _played(call, resident)
             if reply is not None:
                 return reply
         self._sharing.give_back(draw)
@@ -112,16 +121,17 @@ class BoundCache(Bound):
 
     async def recall(self, call: Call) -> Reply | None:
         """A stored answer, from memory or disk, without asking inside."""
-        draw = self._draw(call, told=False) if self._reads and not self._filler.is_shut(call.namespace) else None
+        draw = self._draw(call, told=False) if self._reads and call.namespace not in self._filler.shut else None
         if draw is None:
             return None
-        tier, resident = "memory", self._store.peek(draw.key)
+        clock = self.env.clock
+        tier, resident = "memory", self._store.peek(draw.key, clock.monotonic())
         if resident is None:
             tier, resident = "disk", await self._fetch(draw)
-        if resident is not None and self._filler.state_of(resident) in {"fresh", "due"}:
-            reply = self._hit(call, resident, tier)
+        if resident is not None and self._filler.state_of(resident, clock.monotonic()) in {"fresh", "due"}:
+            reply = _played(call, resident)
             if reply is not None:
-                return reply
+                return self._told(call, reply, tier)
         self._sharing.give_back(draw)
         return None
 
@@ -159,22 +169,6 @@ class BoundCache(Bound):
             self._sharing.give_back(draw)
             raise
 
-    def _hit(self, call: Call, resident: Resident, tier: str, *, is_stale: bool = False) -> Reply | None:
-        """The answer from an entry, or None where it has not the form that is asked for."""
-        entry = resident.entry
-        reply = None if call.stream else resident.reply
-        if reply is None:
-            reply = play(entry, call)
-            if reply is None:
-                return None
-            if reply.data is entry.data:
-                resident.reply = reply  # frozen, so every hit can be given the same object
-        if is_stale:
-            reply = reply.replace(stale=True)
-        header = entry.header
-        self.env.emit(CacheHit(tier, header.usage, header.cost_s, is_stale, call.context.agent))
-        return reply
-
     def invalidate(self, call: Call) -> int:
         """Forget every stored answer to this request, in all its lanes; a fill in flight does not bring it back.
 
@@ -209,3 +203,11 @@ class BoundCache(Bound):
     def gauges(self) -> dict[str, object]:
         """Mode, and the readings of the store."""
         return {"mode": self._mode} | self._store.gauges()
+
+
+def _played(call: Call, resident: Resident) -> Reply | None:
+    """The answer from an entry, or None where it has not the form that is asked for."""
+    reply = play(resident.entry, call)
+    if reply is not None and reply.data is resident.entry.data:
+        resident.reply = reply  # frozen, so every hit can be given the same object
+    return reply

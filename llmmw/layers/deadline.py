@@ -10,6 +10,7 @@ from llmmw.interrupt import Alarms, Until, until_deadline
 from llmmw.layers.base import Bound, Positioned
 from llmmw.order import Role
 from llmmw.settings import positive_seconds, settings
+from llmmw.stats import cache_hit
 
 if TYPE_CHECKING:
     from llmmw.call import Call, Handler, Reply
@@ -83,6 +84,7 @@ class BoundDeadline(Bound):
         if hit is None:
             self.env.emit(RefusedEarly("deadline", "already passed"))
             raise DeadlineExceeded("the deadline had passed before the call was made")
+        self.env.emit(cache_hit(hit, call.context.agent))
         return hit
 
 

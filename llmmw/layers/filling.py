@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from msgspec.structs import replace
 
-from llmmw.events import CacheHit, CacheSkipped
+from llmmw.events import CacheSkipped
+from llmmw.stats import cache_hit
 from llmmw.stores.record import NotStorable, is_whole, record_reply, record_stream
 from llmmw.stores.record import play as play_entry
 from llmmw.stream import Tap, at_end
@@ -66,8 +67,8 @@ class Fill:
         """The answer, where another flight stored it meanwhile."""
         if self._renews or not self.filler.reads:
             return None
-        resident = self.filler.store.peek(self.draw.key)
-        return None if resident is None else self._found(resident, "memory")
+        resident = self.filler.store.peek(self.draw.key, self.filler.env.clock.monotonic())
+        return self._found(resident, "memory")
 
     async def claim(self, lease_s: float) -> Reply | None:
         """The answer, where under a lease another process stored it meanwhile."""
@@ -85,13 +86,14 @@ class Fill:
 
     def _found(self, resident: Resident | None, tier: str) -> Reply | None:
         filler, call = self.filler, self._call
-        if resident is None or filler.is_shut(call.namespace) or filler.state_of(resident) not in {"fresh", "due"}:
+        if resident is None or call.namespace in filler.shut:
+            return None
+        if filler.state_of(resident, filler.env.clock.monotonic()) not in {"fresh", "due"}:
             return None
         reply = play_entry(resident.entry, call)
         if reply is not None:
             self.done = True
-            header = resident.entry.header
-            filler.env.emit(CacheHit(tier, header.usage, header.cost_s, agent=call.context.agent))
+            filler.env.emit(cache_hit(reply, call.context.agent, tier))
         return reply
 
     def failed(self) -> None:

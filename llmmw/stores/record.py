@@ -192,6 +192,7 @@ def play(entry: Entry, call: Call) -> Reply | None:
         endpoint=header.endpoint,
         status=header.status,
         headers=(("content-type", content_type),) if content_type else (),
+        service_s=header.cost_s,
     )
 
 

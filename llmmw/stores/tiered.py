@@ -58,9 +58,9 @@ class TieredStore:
         behind = self.backing.max_item_bytes if self.backing is not None else 0
         return max(self.memory.max_item_bytes, behind)
 
-    def peek(self, key: bytes) -> Resident | None:
-        """What is in memory; from any thread."""
-        return self.memory.get(key, self._clock.monotonic())
+    def peek(self, key: bytes, now: float) -> Resident | None:
+        """What is in memory at that monotonic time; from any thread."""
+        return self.memory.get(key, now)
 
     async def fetch(self, key: bytes) -> Resident | None:
         """What the backing tier has, moved to the front unless it is too large for it."""
@@ -68,7 +68,7 @@ class TieredStore:
             return None
         since = self.generation
         entry = await self.backing.get(key)
-        newer = self.peek(key)
+        newer = self.peek(key, self._clock.monotonic())
         if newer is not None:  # stored while the disk was read
             return newer
         if entry is None or self._was_forgotten(entry, since):

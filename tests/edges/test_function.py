@@ -106,9 +106,9 @@ async def test_wrong_arguments_raise_pythons_own_type_error():
     @Stack().wrap
     async def ask(prompt): ...
 
-    with pytest.raises(TypeError, match="missing a required argument: 'prompt'"):
+    with pytest.raises(TypeError, match=r"ask\(\) missing 1 required positional argument: 'prompt'"):
         await ask()
-    with pytest.raises(TypeError, match="too many positional"):
+    with pytest.raises(TypeError, match=r"ask\(\) takes 1 positional argument but 2 were given"):
         await ask(1, 2)
     with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
         await ask(1, other=2)
@@ -250,7 +250,7 @@ async def test_a_function_may_close_its_own_engine():
         await ask.aclose()
         return "last"
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         assert await ask() == "last"
         await ask.aclose()
     assert ask.engine.closed

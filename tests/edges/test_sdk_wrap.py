@@ -210,6 +210,35 @@ async def test_cache_08_a_changed_client_does_not_share(change):
     await client.close()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda client: client._custom_headers.update({"api-version": "2"}),
+        lambda client: client._custom_headers.update({"x-other-key": "2"}),
+        lambda client: client._custom_query.update(v="2"),
+    ],
+)
+async def test_cache_08_a_client_changed_in_place_does_not_share(change):
+    server = Server()
+    client = wrap_client(server.client(), CACHED)
+    for _ in range(2):
+        await client.chat.completions.create(**ASK)
+    change(client)
+    for _ in range(2):
+        await client.chat.completions.create(**ASK)
+    assert len(server.seen) == 2
+    await client.close()
+
+
+async def test_cache_08_a_credential_in_the_query_does_not_share():
+    server = Server()
+    client = wrap_client(server.client(), CACHED)
+    for key in ("one", "two", "one"):
+        await client.chat.completions.create(**ASK, extra_query={"key": key})
+    assert len(server.seen) == 2
+    await client.close()
+
+
 async def test_a_tenant_shares_across_keys():
     server = Server()
     client = wrap_client(server.client(), CACHED, tenant="t")

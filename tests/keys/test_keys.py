@@ -57,6 +57,33 @@ def test_cache_05_true_one_and_one_point_zero_are_distinct():
     assert differ(*(function_call(x=value) for value in (True, 1, 1.0, "1", [1], (1,), {"a": 1})))
 
 
+def test_ints_of_any_size_are_told_apart():
+    sizes = [2**63, 2**64 - 1, 2**64, 2**64 + 1, -(2**63), -(2**63) - 1, float(2**64), str(2**64)]
+    assert differ(*(chat_call(seed=value) for value in sizes))
+    assert differ(*(function_call(seed=value) for value in sizes))
+
+
+def test_flat_arguments_are_told_from_all_others():
+    message = {"role": "user", "content": "x"}
+    assert differ(
+        function_call(messages=[message]),
+        function_call(messages=(message,)),
+        function_call(messages=message),
+        function_call(messages=[message, message]),
+        function_call(messages=[list(message.items())]),
+        function_call(messages=[]),
+        function_call(prompt="x"),
+        function_call(prompt=["x"]),
+        function_call(dict=None),
+        function_call(),
+    )
+    reordered = {"content": "x", "role": "user"}
+    assert key_of(function_call(messages=[message], n=1)) == key_of(function_call(n=1, messages=[reordered]))
+    for odd in ({1: "x"}, {None: "x"}, {b"x": "x"}):
+        with pytest.raises(Uncacheable, match="mapping key"):
+            key_of(function_call(messages=[odd]))
+
+
 def test_cache_06_a_number_as_mapping_key_is_not_its_text():
     with pytest.raises(Uncacheable, match="mapping key"):
         key_of(chat_call(logit_bias={1: "a"}))

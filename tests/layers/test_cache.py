@@ -631,7 +631,7 @@ async def test_peek_answers_from_memory_on_any_thread(clock):
     for thread in threads:
         thread.join()
     assert [reply.text for reply in found] == ["echo: hello #1"] * 4
-    assert len(rig.of(ev.CacheHit)) == 4
+    assert rig.of(ev.CacheHit) == []  # told by whoever gives the answer to somebody
     assert rig.cache.peek(chat_call(x={1})) is None
 
 

@@ -25,6 +25,7 @@ from llmmw import (
 )  # fmt: skip
 from llmmw.call import Context, Reply
 from llmmw.env import Env
+from llmmw.events import CallEnded, CallStarted
 from llmmw.testing.clock import manual_time
 from llmmw.testing.fake import FakeUpstream, ScriptedChunks, chat_call, chat_chunks, error_reply
 
@@ -99,6 +100,29 @@ async def test_cache_24_a_hit_is_served_while_the_client_drains(way):
         await engine.call(chat_call("known"))
     stats = engine.get_performance_stats()
     assert stats["request_count"] == stats["cache_hits"] + stats["answered_upstream"] == 3
+
+
+@manual_time
+async def test_the_figures_of_hits_are_the_same_whether_somebody_listens_or_not(clock):
+    found, told = [], []
+    for sinks in ((), (told.append,)):
+        stack = Stack(TTLCache(300, negative_ttl=30, stale_while_revalidate=1000), Coalescer())
+        upstream = FakeUpstream([error_reply(404)], latency_s=2.0)
+        async with engine_of(stack, upstream, sinks=sinks) as engine:
+            for agent in ("a", "a", "b", None):
+                await engine.call(chat_call("not there", context=Context(agent=agent)))
+            for agent in ("a", "b", None, None):
+                await engine.call(chat_call("one two", context=Context(agent=agent)))
+            clock.advance(400)
+            assert (await engine.call(chat_call("one two", context=Context(agent="b")))).stale
+            await asyncio.sleep(3)
+            found.append(engine.get_performance_stats())
+    assert found[0] == found[1]
+    assert found[0]["errors_by_type"] == {"status 404": 4}
+    assert (found[0]["cache_hits"], found[0]["layers"]["cache"]["memory hits"]) == (4, 7)
+    assert found[0]["time_saved_s"] == pytest.approx(2.0 * 7)
+    ends = [event for event in told if isinstance(event, CallEnded)]
+    assert len(ends) == len([event for event in told if isinstance(event, CallStarted)]) == 9
 
 
 @manual_time

@@ -11,7 +11,7 @@ import pytest
 from llmmw.call import Context, Reply
 from llmmw.env import Env
 from llmmw.errors import ConfigError, DeadlineExceeded
-from llmmw.events import RefusedEarly
+from llmmw.events import CacheHit, RefusedEarly
 from llmmw.layers.base import Bound
 from llmmw.layers.deadline import Deadline
 from llmmw.order import Role
@@ -84,7 +84,8 @@ async def test_after_the_deadline_only_a_hit_at_hand_is_given(clock):
         await bind(clock, upstream, events=events)(late)
     assert upstream.calls == []
     assert [type(event) for event in events] == [RefusedEarly]
-    assert await bind(clock, Hits(upstream, Env(clock=clock)))(late) is HIT
+    assert await bind(clock, Hits(upstream, Env(clock=clock)), events=events)(late) is HIT
+    assert [type(event) for event in events] == [RefusedEarly, CacheHit]
 
 
 @manual_time

@@ -59,7 +59,7 @@ async def test_what_is_found_behind_moves_to_the_front_with_its_remaining_time(c
     store.backing.entries[b"k"] = entry(clock, age=4.0)
     found = await store.fetch(b"k")
     assert found.expires == clock.monotonic() + 5.0
-    assert store.peek(b"k") is found
+    assert store.peek(b"k", clock.monotonic()) is found
     assert await store.fetch(b"other") is None
 
 
@@ -103,7 +103,7 @@ async def test_what_was_forgotten_while_the_disk_was_read_stays_forgotten(clock)
         await asyncio.sleep(0.5)
         assert forget(store) == 0
         assert await reading is None
-        assert store.peek(b"k") is None
+        assert store.peek(b"k", clock.monotonic()) is None
 
 
 @manual_time
