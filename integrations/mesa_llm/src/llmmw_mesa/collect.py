@@ -2,60 +2,108 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from llmmw_mesa.shared import global_stats
+import mesa_llm.module_llm as upstream
+
+from llmmw_mesa.asking import state_of
+from llmmw_mesa.figures import NAMES, of_agent, of_model, of_nobody
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
-_MODEL = {
-    "llm_calls": "request_count",
-    "llm_hits": "cache_hits",
-    "llm_joined": "coalesced",
-    "llm_upstream": "upstream_requests",
-    "llm_failures": "errors",
-    "llm_tokens_in": "tokens_in",
-    "llm_tokens_out": "tokens_out",
-    "llm_tokens_saved": "tokens_saved",
-}
-_AGENT = ("calls", "hits", "errors", "tokens_in", "tokens_out")
+    from llmmw_mesa.asking import State
 
 
-def model_reporters(*, per_step: bool = True) -> dict[str, Callable[[Any], float]]:
-    """For `DataCollector(model_reporters={..., **model_reporters()})`: sums over all engines.
+def model_reporters(*, per_step: bool = True) -> dict[str, Callable[[Any], int]]:
+    """For `DataCollector(model_reporters={..., **model_reporters()})`.
+
+    Counted are the calls in the steps of the model's agents, those that are gone included, and calls outside of any
+    step (in the whole process, since this was called).
 
     Args:
-        per_step: what was added since the last collection; False: since the beginning.
+        per_step: what was added since the step that was collected before; False: since the beginning.
+
+    Returns:
+        llm_calls, llm_hits, llm_joined, llm_failures, llm_upstream (requests sent, repetitions included),
+        llm_tokens_in, llm_tokens_out, llm_tokens_saved.
     """
-
-    def reporter(key: str) -> Callable[[Any], float]:
-        last = [0.0]
-
-        def report(model: Any) -> float:
-            del model
-            now = sum(float(stats.get(key, 0)) for stats in global_stats().values())
-            found, last[0] = now - last[0] * per_step, now
-            return found
-
-        return report
-
-    return {name: reporter(key) for name, key in _MODEL.items()}
+    return {f"llm_{name}": partial(_OfModel(name, per_step=per_step)) for name in NAMES}  # Mesa knows a partial
 
 
-def agent_reporters(*, per_step: bool = True) -> dict[str, Callable[[Any], float]]:
-    """For `DataCollector(agent_reporters={..., **agent_reporters()})`, by the agent's id."""
+def agent_reporters(*, per_step: bool = True) -> dict[str, Callable[[Any], int]]:
+    """For `DataCollector(agent_reporters={..., **agent_reporters()})`: the same names for each agent.
 
-    def reporter(key: str) -> Callable[[Any], float]:
-        last: dict[str, float] = {}
+    Counted are the calls in the agent's steps, and calls outside of any step through a ModuleLLM that is the agent's
+    alone (an attribute of it or of its memory).
 
-        def report(agent: Any) -> float:
-            name = str(agent.unique_id)
-            rows = (stats.get("by_agent", {}).get(name, {}) for stats in global_stats().values())
-            now = sum(float(row.get(key, 0)) for row in rows)
-            found, last[name] = now - last.get(name, 0.0) * per_step, now
-            return found
+    Args:
+        per_step: what was added since the step that was collected before; False: since the agent was made.
+    """
+    return {f"llm_{name}": _OfAgent(name, per_step=per_step) for name in NAMES}
 
-        return report
 
-    return {f"llm_{key}": reporter(key) for key in _AGENT}
+class _Reporter:
+    """One figure of whoever is reported on. Copies and pickles of it start anew, as the figures do."""
+
+    def __init__(self, name: str, *, per_step: bool) -> None:
+        self._name = name
+        self._per_step = per_step
+        self._marks: WeakKeyDictionary[Any, tuple[object, int, int]] = WeakKeyDictionary()
+        """The step, the figure when it began, and the latest."""
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[type[Self], str, bool]]:
+        return _again, (type(self), self._name, self._per_step)
+
+    def __call__(self, one: Any) -> int:
+        now = self._now(one)
+        if not self._per_step:
+            return now
+        # By the step, not by the call: Mesa asks a model's reporters twice before the first row, to validate them.
+        step = getattr(getattr(one, "model", one), "steps", None)
+        of, began, latest = self._marks.get(one, (step, 0, 0))
+        if of != step:
+            began = latest
+        self._marks[one] = (step, began, now)
+        return now - began
+
+    def _now(self, one: Any) -> int:
+        raise NotImplementedError
+
+
+def _again(kind: Any, name: str, per_step: bool) -> Any:  # noqa: FBT001 — as pickle passes it
+    return kind(name, per_step=per_step)
+
+
+class _OfModel(_Reporter):
+    def __init__(self, name: str, *, per_step: bool) -> None:
+        super().__init__(name, per_step=per_step)
+        self._before = of_nobody().snapshot()[name]
+
+    def _now(self, one: Any) -> int:
+        return of_model(one).snapshot()[self._name] + of_nobody().snapshot()[self._name] - self._before
+
+
+class _OfAgent(_Reporter):
+    def _now(self, one: Any) -> int:
+        alone = sum(state.alone.snapshot()[self._name] for state in _its_own(one))
+        return of_agent(one).snapshot()[self._name] + alone
+
+
+def _its_own(agent: Any) -> list[State]:
+    """The state of each ModuleLLM that this agent has and no other."""
+    found = _has(agent)
+    if any(agent not in state.owners for state in found):  # new here: so may be others, who share it
+        for other in (agent, *getattr(getattr(agent, "model", None), "agents", ())):
+            for state in _has(other):
+                state.owners.add(other)
+    return [state for state in found if len(state.owners) == 1]
+
+
+def _has(agent: Any) -> list[State]:
+    values = [*vars(agent).values(), getattr(getattr(agent, "memory", None), "llm", None)]
+    modules = {id(value): value for value in values if isinstance(value, upstream.ModuleLLM)}
+    return [state_of(module) for module in modules.values()]
