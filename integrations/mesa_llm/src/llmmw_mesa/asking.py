@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from contextlib import contextmanager
@@ -130,8 +131,13 @@ def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once
 
 def _schema(wanted: Any) -> Any:
     """A pydantic class as what it is sent as; two classes of one schema ask the same."""
-    make = getattr(wanted, "model_json_schema", None)
-    return {"type": "json_schema", "name": wanted.__name__, "schema": make()} if make is not None else wanted
+    return _schema_of(wanted) if isinstance(wanted, type) and hasattr(wanted, "model_json_schema") else wanted
+
+
+@functools.lru_cache(maxsize=256)
+def _schema_of(wanted: Any) -> dict[str, Any]:
+    """Once a class: pydantic makes it anew each time, in milliseconds."""
+    return {"type": "json_schema", "name": wanted.__name__, "schema": wanted.model_json_schema()}
 
 
 def kwargs_of(
