@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := llmmw tests benchmarks integrations
 
-.PHONY: help install demo test soak cases chaos check bench bench-peers bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas vllm demo-vllm test-vllm test-integrations cover format pin clean
+.PHONY: help install demo test soak cases chaos check bench bench-peers bench-pool bench-storms bench-waiters bench-outage bench-growth bench-vllm bench-eviction bench-disk bench-batch bench-joint bench-replicas bench-mesa bench-mesa-vllm vllm demo-vllm test-vllm test-integrations cover format pin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -98,6 +98,13 @@ bench-joint: $(READY)  ## many chats at once: side by side, and in joint request
 
 bench-replicas: $(READY)  ## several unlike servers: round robin, at random, two choices, the agent's own
 	$(BIN)/python benchmarks/replicas.py
+
+bench-mesa: $(READY)  ## real Mesa-LLM agents: one by one, stock parallel, llmmw; limits, sockets, examples: MESA="--only steps" (about 12 min)
+	$(BIN)/python integrations/mesa_llm/benchmarks/run.py --json out/mesa.json --chart out/mesa.png $(MESA)
+
+bench-mesa-vllm: $(READY)  ## ReAct agents of Mesa-LLM against a real vLLM on this machine's CPU (about 4 min)
+	$(BIN)/python benchmarks/vllm_cpu/server.py run $(MESA_VLLM) -- $(BIN)/python \
+		integrations/mesa_llm/benchmarks/run.py --vllm --mesa-llm 0.3.2 --json out/mesa-vllm.json $(MESA)
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
 	$(BIN)/python benchmarks/vllm_cpu/server.py serve

@@ -24,7 +24,7 @@ class LineProcess:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, limit_s: float = 600.0
     ) -> None:
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._failure = ""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 — a pipe that nobody reads would fill up and block it
         self._process = subprocess.Popen(
@@ -45,7 +45,7 @@ class LineProcess:
         process, answer = self._process, ""
         assert process.stdin is not None
         assert process.stdout is not None
-        watchdog = threading.Timer(self._limit_s, self._give_up)
+        watchdog = threading.Timer(self.limit_s, self._give_up)
         watchdog.start()
         try:
             with contextlib.suppress(OSError):  # a broken pipe: it ended, and says why below
@@ -59,7 +59,7 @@ class LineProcess:
         return answer
 
     def _give_up(self) -> None:
-        self._failure = f"no answer within {self._limit_s:g} s"
+        self._failure = f"no answer within {self.limit_s:g} s"
         self._process.kill()
 
     def _why(self) -> str:
