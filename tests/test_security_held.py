@@ -109,7 +109,7 @@ async def fail(server, engine, *, stream, **limits):
         Retry(attempts=2, backoff=0.001),
         CircuitBreaker(),
         RateLimiter(rpm=6000),
-        Timeout(5),
+        Timeout(300),
     )
     pool = ConnectionPool(engine=engine, max_response_bytes=100_000, drain_timeout=0, **limits)
     async with Client(server.origin + "/v1", api_key="k" * 20, stack=stack, pool=pool) as client:

@@ -98,7 +98,7 @@ def in_child(work):
 
 def every_layer(place, sampling):
     return Stack(
-        Deadline(60),
+        Deadline(600),
         TTLCache(300, directory=place, sampling=sampling),
         Coalescer(lease="10s"),
         ErrorRouter(fallbacks=[FakeUpstream(name="http://b.test/v1")]),
@@ -106,7 +106,7 @@ def every_layer(place, sampling):
         CircuitBreaker(),
         Batcher(),
         RateLimiter(rpm=1_000_000, tpm=10_000_000_000, concurrency="4-20-80"),
-        Timeout(30),
+        Timeout(300),
     )
 
 

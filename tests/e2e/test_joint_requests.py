@@ -32,7 +32,7 @@ def texts(outcomes):
 
 
 async def singly(server, field):
-    async with Client(HTTPEndpoint(server.base_url), stack=Stack(Timeout(30)), model=MODEL) as client:
+    async with Client(HTTPEndpoint(server.base_url), stack=Stack(Timeout(300)), model=MODEL) as client:
         return await client.generate_batch(**{field: QUESTIONS}, **FIELDS)
 
 
@@ -57,7 +57,7 @@ async def test_a_vllm_server_gets_one_request_and_everybody_their_own_answer(ser
 
 
 async def test_what_is_cached_is_not_sent(server):
-    stack = Stack(TTLCache(60), Coalescer(), Retry(), RateLimiter(concurrency=64), Timeout(30))
+    stack = Stack(TTLCache(3600), Coalescer(), Retry(), RateLimiter(concurrency=64), Timeout(300))
     async with Client(VLLMEndpoint(server.base_url), stack=stack, model=MODEL) as client:
         for asked, stored in ((10, 0), (50, 10)):
             outcomes = await client.generate_batch(messages=QUESTIONS[:asked], max_tokens=60, temperature=0)
@@ -95,7 +95,7 @@ def test_plain_code_shares_requests_too():
 
 async def test_an_endpoint_answers_a_batch_itself(server):
     for endpoint, asked in ((VLLMEndpoint(server.base_url), 1), (HTTPEndpoint(server.base_url), len(QUESTIONS))):
-        async with Client(endpoint, stack=Stack(Timeout(30)), model=MODEL) as client:
+        async with Client(endpoint, stack=Stack(Timeout(300)), model=MODEL) as client:
             calls = [client.requests.chat(None, question, dict(FIELDS)) for question in QUESTIONS]
             before = len(requests(server))
             outcomes = await endpoint.generate_batch(calls)
@@ -104,7 +104,7 @@ async def test_an_endpoint_answers_a_batch_itself(server):
 
 
 async def test_the_same_question_of_many_agents_is_one_request(server):
-    stack = Stack(TTLCache(60, sampling="lanes"), Coalescer(merge_samples=True), Retry(), Timeout(30))
+    stack = Stack(TTLCache(3600, sampling="lanes"), Coalescer(merge_samples=True), Retry(), Timeout(300))
     async with Client(HTTPEndpoint(server.base_url), stack=stack, model=MODEL) as client:
 
         async def ask(agent):

@@ -238,7 +238,7 @@ def test_async_the_body_of_with_raises(make, server, stack):
 
 async def test_async_a_body_cancelled_again_while_it_closes_leaves_nothing(server, stack):
     """A time-out around the whole, then an impatient second cancellation during the close."""
-    server.configure(latency_s=30)
+    server.configure(latency_s=3600)
     inside = Client(server.base_url, stack=stack)
 
     async def main():

@@ -173,7 +173,7 @@ server.url = url.removesuffix("/v1")
 client = Client(url, stack=stack)
 async def home(pool):
     await client.chat(**asked("home"))
-    await asyncio.to_thread(server.configure, latency_s=30)  # none is answered before the home dies
+    await asyncio.to_thread(server.configure, latency_s=3600)  # none is answered before the home dies
     asked_there = [pool.submit(lambda n=n: asyncio.run(client.chat(**asked(f"guest {n}")))) for n in range(8)]
     while client.get_performance_stats()["in_flight"] < 8:
         await asyncio.sleep(0)
@@ -274,7 +274,7 @@ def test_async_a_uvloop_home_that_dies_mid_call_serves_its_guest(server, stack, 
 
     async def home():
         await client.chat(**question("home"))
-        await asyncio.to_thread(server.configure, latency_s=30)  # not answered before the home dies
+        await asyncio.to_thread(server.configure, latency_s=3600)  # not answered before the home dies
         guest.start()
         await asyncio.to_thread(server.wait, at_least={"in_flight": 1})
         await asyncio.to_thread(server.configure, latency_s=0.005)

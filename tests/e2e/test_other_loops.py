@@ -105,7 +105,7 @@ def test_async_03_the_limiter_loses_no_permit_under_cancellation(run):
         rng = random.Random(3)
         upstream = FakeUpstream(latency_s=0.005)
         engine = Stack(
-            Deadline(10), Coalescer(), Retry(), CircuitBreaker(), RateLimiter(concurrency=3), Timeout(5)
+            Deadline(300), Coalescer(), Retry(), CircuitBreaker(), RateLimiter(concurrency=3), Timeout(300)
         ).bind(upstream)
         tasks = [asyncio.create_task(engine.call(chat_call(str(n)))) for n in range(120)]
         for task in tasks:
@@ -127,7 +127,7 @@ def test_async_03_a_429_pauses_all_and_nobody_fails(run):
     async def main():
         refusal = error_reply(429, retry_after="0.05")
         upstream = FakeUpstream([refusal] * 3, latency_s=0.002)
-        engine = Stack(Retry(attempts=3), RateLimiter(concurrency=8), Timeout(5)).bind(upstream)
+        engine = Stack(Retry(attempts=3), RateLimiter(concurrency=8), Timeout(300)).bind(upstream)
         replies = await asyncio.gather(*(engine.call(chat_call(str(n))) for n in range(30)))
         assert all(reply.ok for reply in replies)
         assert len(upstream.calls) <= 30 + 8

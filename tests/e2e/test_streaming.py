@@ -19,7 +19,7 @@ WITH_USAGE = {**ASKED, "stream": True, "stream_options": {"include_usage": True}
 
 
 def stack(**options):
-    return Stack.recommended(deadline=30, cache_ttl=60, tpm=1_000_000, **options)
+    return Stack.recommended(deadline=300, cache_ttl=600, tpm=1_000_000, **options)
 
 
 # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

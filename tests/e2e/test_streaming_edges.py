@@ -15,7 +15,7 @@ from llmmw import Client, Stack, SyncClient
 
 
 def stack():
-    return Stack.recommended(deadline=30, cache_ttl=60, tpm=1_000_000)
+    return Stack.recommended(deadline=300, cache_ttl=600, tpm=1_000_000)
 
 
 # Each edge is an async context manager that gives `ask(prompt)`, a stream of texts, and its engine.

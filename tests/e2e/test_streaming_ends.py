@@ -37,13 +37,13 @@ TOKENS = 7  # what the server reports
 
 def stack(**timeout):
     return Stack(
-        Deadline(20),
+        Deadline(300),
         TTLCache(60),
         Coalescer(),
         Retry(attempts=2, backoff=0.001),
         CircuitBreaker(consecutive=100, failure_share=1, min_calls=1000),
         RateLimiter(tpm=1_000_000, concurrency=4),
-        Timeout(20, **timeout),
+        Timeout(300, **timeout),
     )
 
 

@@ -11,7 +11,7 @@ from llmmw import RateLimiter, Stack, Timeout
 
 
 def wrapped(function, concurrency):
-    return Stack(RateLimiter(concurrency=concurrency), Timeout(30)).wrap(function)
+    return Stack(RateLimiter(concurrency=concurrency), Timeout(300)).wrap(function)
 
 
 def slots(ask):

@@ -79,7 +79,7 @@ async def test_streams_at_once_share_one_upstream_stream(connect, server):
 
 
 async def test_the_recommended_stack_serves_many(connect, server):
-    driver = connect(Stack.recommended(cache_ttl=60, rpm=60_000, tpm=100_000_000, concurrency=8, deadline=60))
+    driver = connect(Stack.recommended(cache_ttl=600, rpm=60_000, tpm=100_000_000, concurrency=8, deadline=600))
     prompts = [f"prompt {number % 20}" for number in range(40)]
     answers = await asyncio.gather(*(driver.ask(prompt) for prompt in prompts))
     assert len({driver.text(answer) for answer in answers}) == 20

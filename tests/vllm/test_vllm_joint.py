@@ -29,7 +29,7 @@ def paid(outcomes):
 
 
 async def singly(vllm, **fields):
-    async with Client(HTTPEndpoint(vllm.url, vllm.api_key), stack=Stack(Timeout(60)), model=vllm.model) as client:
+    async with Client(HTTPEndpoint(vllm.url, vllm.api_key), stack=Stack(Timeout(600)), model=vllm.model) as client:
         return await client.generate_batch(**fields, **FIELDS)
 
 
@@ -52,7 +52,7 @@ async def test_only_what_is_not_cached_is_sent(vllm):
     asked = questions("cached")
     fields = {**vllm.question(""), "max_tokens": 64}
     del fields["messages"], fields["model"]
-    stack = Stack(TTLCache(300), Coalescer(), Retry(), Timeout(60))
+    stack = Stack(TTLCache(3600), Coalescer(), Retry(), Timeout(600))
     before = await vllm.idle()
     async with Client(VLLMEndpoint(vllm.url, vllm.api_key), stack=stack, model=vllm.model) as client:
         for first in (40, 0):  # the last 8 side by side, then all of them, of which 40 are new
@@ -87,7 +87,7 @@ async def test_leaving_a_batch_frees_the_server(vllm):
 
 async def test_the_same_question_of_many_agents_is_one_request_with_a_sample_each(vllm):
     body = vllm.question("which way?", temperature=1)
-    stack = Stack(TTLCache(300, sampling="lanes"), Coalescer(merge_samples=True), Retry(), Timeout(60))
+    stack = Stack(TTLCache(3600, sampling="lanes"), Coalescer(merge_samples=True), Retry(), Timeout(600))
     before = await vllm.idle()
     async with Client(VLLMEndpoint(vllm.url, vllm.api_key), stack=stack) as client:
 
