@@ -100,7 +100,7 @@ def _depth(agent: Any, name: str) -> int | None:
         return -1
     for depth, cls in enumerate(type(agent).__mro__):
         if name in cls.__dict__:
-            return depth
+            return None if cls.__dict__[name] is None else depth
     return None
 
 

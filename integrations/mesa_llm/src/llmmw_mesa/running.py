@@ -64,6 +64,7 @@ class _Job:
         self.began = 0.0
         self.away: float | None = None
         """Since when it waits for its turn, which is not its own time."""
+        self.waiting = 0
         self.placed = True
         self.guarded = False
         self.removed = False
@@ -287,7 +288,9 @@ class Run:
         if turns.holds(job.number):
             return
         with self._lock:
-            job.away = time.monotonic()
+            if not job.waiting:  # steps inside this one wait for its turn too
+                job.away = time.monotonic()
+            job.waiting += 1
             self._free += job.placed
             job.placed = False
         self._tell(job, self._start_more)
@@ -295,8 +298,10 @@ class Run:
             turns.wait(job.number)
         finally:
             with self._lock:
-                job.began += time.monotonic() - job.away
-                job.away = None
+                job.waiting -= 1
+                if job.away is not None and not job.waiting:
+                    job.began += time.monotonic() - job.away
+                    job.away = None
         if self._settings.timeout is not None:
             self._tell(job, self._watch)
 
@@ -358,7 +363,7 @@ class Run:
                 self._turns.done(job.number)
         self._ended = self._loop.create_future()
         try:
-            if any([_cancelled(job) for job in running]):  # all of them, not the first
+            if sum(_cancelled(job) for job in running):
                 await asyncio.wait({self._ended}, timeout=GRACE_S)
         finally:
             for job in running:
@@ -378,8 +383,7 @@ def _cancelled(job: _Job) -> bool:
 async def _cancellable(job: _Job, answer: Any) -> None:
     """An async step on a thread's own loop."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    job.cancel = functools.partial(loop.call_soon_threadsafe, task.cancel)
+    job.cancel = lambda: loop.call_soon_threadsafe(task.cancel) if task is not None else None
     try:
         await answer
     finally:

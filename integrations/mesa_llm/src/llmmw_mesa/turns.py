@@ -8,8 +8,10 @@ from llmmw_mesa.acting import StepAbandoned
 
 
 class Turns:
-    """The first may act when everybody has thought (waits here, or has ended); each further one when the one before
-    has ended its step. Every agent runs on a thread of its own, so waiting here holds up nobody else.
+    """Who may act, and who waits.
+
+    The first may act when everybody has thought (waits here, or has ended); each further one when the one before has
+    ended its step. Every agent runs on a thread of its own, so waiting here holds up nobody else.
 
     Args:
         count: of agents; their numbers are their order.
@@ -37,6 +39,8 @@ class Turns:
         with self._lock:
             mine = self._waiting.setdefault(number, threading.Event())
             self._has_thought(number)
+            if number in self._ended:
+                mine.set()
             self._call_next()
         mine.wait()
         if number in self._ended:
