@@ -8,7 +8,7 @@ from llmmw.demo.worlds import EMBEDDED_MODEL, EmbeddedWorld
 
 
 async def test_llmmw_answers_everything_through_rate_limit_and_broken_upstream():
-    trouble = Trouble(limited_tick=0, limit_requests=6, limit_window_s=0.5, broken_tick=1)
+    trouble = Trouble(limited_tick=0, limit_requests=3, limit_window_s=1.0, broken_tick=1)
     workload = Workload(agents=5, ticks=3)
     told = []
     with EmbeddedWorld(trouble) as world:
