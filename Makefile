@@ -103,7 +103,8 @@ bench-mesa: $(READY)  ## real Mesa-LLM agents: one by one, stock parallel, llmmw
 	$(BIN)/python integrations/mesa_llm/benchmarks/run.py --json out/mesa.json --chart out/mesa.png $(MESA)
 
 bench-mesa-vllm: $(READY)  ## ReAct agents of Mesa-LLM against a real vLLM on this machine's CPU (about 4 min)
-	$(BIN)/python benchmarks/vllm_cpu/server.py run $(MESA_VLLM) -- $(BIN)/python \
+	$(BIN)/python benchmarks/vllm_cpu/server.py run --vllm-args "--override-generation-config.max_new_tokens 160 \
+		--structured-outputs-config.disable_any_whitespace true" -- $(BIN)/python \
 		integrations/mesa_llm/benchmarks/run.py --vllm --mesa-llm 0.3.2 --json out/mesa-vllm.json $(MESA)
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
