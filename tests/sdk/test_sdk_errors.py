@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import anthropic
@@ -130,29 +131,33 @@ async def test_without_a_retry_layer_the_sdk_retries_as_it_always_did(connect, s
     assert server.stats(0)["received"] == 3
 
 
-def soon(kind):
-    """A time-out of the SDK's that begins when the request is sent, so that the server has it, however busy it is."""
+def within(kind, seconds):
+    """A time-out of the SDK's for the answer."""
     kinds = httpx2 if kind.endswith("httpx2") else anthropic if kind.startswith("anthropic") else openai
-    return kinds.Timeout(240, read=0.08)
+    return kinds.Timeout(240, read=seconds)
 
 
 async def test_route_03_a_time_out_is_the_sdks_and_nobody_repeats_it(connect, server, kind):
-    driver = connect(RETRYING, timeout=soon(kind), max_retries=2)
-    driver.without_sleeps()
     server.add_fault(FaultRule(kind="hang"))
-    with pytest.raises(driver.errors.APITimeoutError):
-        await driver.ask()
-    stats = driver.stats
+    for seconds in (0.08, 2, 30):
+        driver = connect(RETRYING, timeout=within(kind, seconds), max_retries=2)
+        driver.without_sleeps()
+        with pytest.raises(driver.errors.APITimeoutError):
+            await driver.ask()
+        stats = driver.stats
+        with contextlib.suppress(TimeoutError):
+            server.wait(at_least={"received": stats["upstream_requests"]}, timeout_s=2)
+            break
+        server.reset()  # the machine was too busy to send it in time
     assert stats["request_count"] == 1
     # Our own Retry may repeat a lost call once where it knows the server to be local; the SDK's loop adds nothing.
     ours = 1 if driver.edge == "wrap" else 0
-    server.wait(at_least={"received": 1 + ours}, timeout_s=120)
     assert server.stats(0)["received"] == stats["upstream_requests"] == 1 + ours
     assert stats["retries"] == ours
 
 
 async def test_order_doubled_retries_are_noticed_once(connect, server, kind):
-    driver = connect(RETRYING, timeout=soon(kind), max_retries=2)
+    driver = connect(RETRYING, timeout=within(kind, 0.05), max_retries=2)
     driver.without_sleeps()
     server.add_fault(FaultRule(kind="hang"))
     with pytest.raises(driver.errors.APITimeoutError):
