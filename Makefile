@@ -104,7 +104,7 @@ bench-mesa: $(READY)  ## real Mesa-LLM agents: one by one, stock parallel, llmmw
 
 bench-mesa-vllm: $(READY)  ## ReAct agents of Mesa-LLM against a real vLLM on this machine's CPU (about 4 min)
 	$(BIN)/python benchmarks/vllm_cpu/server.py run --vllm-args "--override-generation-config.max_new_tokens 160 \
-		--structured-outputs-config.disable_any_whitespace true" -- $(BIN)/python \
+		--structured-outputs-config.backend xgrammar --structured-outputs-config.disable_any_whitespace true" -- $(BIN)/python \
 		integrations/mesa_llm/benchmarks/run.py --vllm --mesa-llm 0.3.2 --json out/mesa-vllm.json $(MESA)
 
 vllm: $(READY)  ## install and serve a real vLLM with a tiny model on 127.0.0.1 (stops with Ctrl-C)
