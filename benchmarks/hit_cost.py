@@ -212,7 +212,7 @@ async def uncached_with_limits(calls: int) -> AsyncGenerator[Ask]:
 
 
 @asynccontextmanager
-async def _openai(**options: Any) -> AsyncGenerator[Any]:
+async def openai_client(**options: Any) -> AsyncGenerator[Any]:
     import openai
 
     async with openai.AsyncOpenAI(base_url=NOWHERE, api_key="benchmark", max_retries=0, **options) as client:
@@ -232,7 +232,7 @@ async def sdk_floor(_: int) -> AsyncGenerator[Ask]:
         return httpx2.Response(200, content=BODY, headers={"content-type": "application/json"})
 
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
-    async with _openai(http_client=http) as client:
+    async with openai_client(http_client=http) as client:
         yield lambda _number: _text_of(client)
 
 
@@ -243,7 +243,7 @@ async def transport_hit(_: int) -> AsyncGenerator[Ask]:
 
     stack = llmmw.Stack.recommended(cache_ttl=300)
     http = llmmw.httpx2_client(stack, endpoint=FakeUpstream(name=NOWHERE))
-    async with _openai(http_client=http) as client:
+    async with openai_client(http_client=http) as client:
         yield lambda _number: _text_of(client)
         _check(http.get_performance_stats(), 1)
 
@@ -258,7 +258,7 @@ async def wrapped_client_hit(_: int) -> AsyncGenerator[Ask]:
         return httpx2.Response(200, content=BODY, headers={"content-type": "application/json"})
 
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
-    async with _openai(http_client=http) as inner:
+    async with openai_client(http_client=http) as inner:
         client: Any = llmmw.wrap_client(inner, llmmw.Stack.recommended(cache_ttl=300))
         yield lambda _number: _text_of(client)
         _check(client.get_performance_stats(), 1)

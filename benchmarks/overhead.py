@@ -2,6 +2,7 @@
 
 Three sections. "in process": hits and misses of wrapped functions, clients and SDKs. "HTTP client": CPU of the client's
 process per call, beside bare clients, against a server of its own with a fixed latency. "import": fresh interpreters.
+`--profile` shows instead where the time of a hit goes.
 Figures are medians over interleaved repeats; rows with a budget are marked ok or over (`--check` makes that the exit
 status). Ratios against httpx are at its default limits.
 """
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from client_cpu import CLIENTS, ClientProcess
 from fast_server import running
 from hit_cost import CASES, cost_of
+from hit_profile import TURNS, as_rows, profiles, show
 from import_cost import BARE, IMPORTS, import_cost
-from measure import Budget, Progress, Row, as_json, in_turn, table, write_json
+from measure import Budget, Progress, Row, as_json, in_turn, machine, table, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -216,6 +218,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="repeats of everything (in process 5, else 3)")
     parser.add_argument("--calls", type=int, help="calls per repeat in process (600) and per HTTP client (512)")
     parser.add_argument("--levels", type=int, nargs="+", help="concurrent calls of the HTTP clients (1 64 512)")
+    parser.add_argument("--profile", action="store_true", help="the steps of a hit in memory, which add up to it")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds before the server answers (0.05)")
     return parser.parse_args(arguments)
 
@@ -252,16 +255,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     warnings.simplefilter("ignore", ResourceWarning)
     progress = Progress()
+    if options.profile:
+        found = asyncio.run(profiles(options.repeats or (TURNS // 10 if options.quick else TURNS), progress))
+        print(*map(show, found), sep="\n\n")
+        if options.json is not None:
+            write_json(options.json, {"machine": machine(), "profiles": [*map(as_rows, found)]})
+        return 0
     rows, settings = run(options, progress)
-    found: dict[str, Any] = as_json(rows, settings, progress.took_s)
+    told: dict[str, Any] = as_json(rows, settings, progress.took_s)
     print(table(rows))
     budgeted = [row for row in rows if row.budget is not None]
     failed = [row for row in budgeted if row.status != "ok"]
-    print(f"\n{len(budgeted) - len(failed)} of {len(budgeted)} budgets kept, {found['took_s']} s")
+    print(f"\n{len(budgeted) - len(failed)} of {len(budgeted)} budgets kept, {told['took_s']} s")
     for row in failed:
         print(f"  {row.status}: {row.section}: {row.name}")
     if options.json is not None:
-        write_json(options.json, found)
+        write_json(options.json, told)
     if options.chart is not None:
         draw(rows, options.chart)
     return 1 if options.check and failed else 0

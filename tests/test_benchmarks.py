@@ -156,3 +156,16 @@ def test_growth_is_judged_between_two_sizes_and_shown_over_all(monkeypatch):
     assert [row["ok"] for row in (kept, over, known)] == [True, False, True]
     assert (kept["growth"], kept["in_all"]) == (1.28, 1.8)
     assert "OVER 1.3" in table([kept, over, known])
+
+
+def test_the_steps_of_a_hit_add_up_to_it(tmp_path):
+    target = tmp_path / "profile.json"
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--profile", "--repeats", "1", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    profiles = json.loads(target.read_text())["profiles"]
+    assert len(profiles) == 3
+    for steps in profiles:
+        assert math.fsum(step["own"] for step in steps) == pytest.approx(steps[0]["total"])
+        assert [step["depth"] for step in steps].count(0) == 1
+        assert all(step["step"] in done.stdout for step in steps)

@@ -53,7 +53,8 @@ class Method:
             if call is None:
                 return await original(*args, **kwargs)
             try:
-                reply = await engine.call(call)
+                found = engine.at_once(call)
+                reply = found if isinstance(found, Reply) else await engine.go_on(found)
             except LLMMWError as error:
                 raise self._exception(error) from error
             return self._value(reply)
