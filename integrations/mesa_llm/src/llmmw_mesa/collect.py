@@ -64,7 +64,8 @@ class _Reporter:
             return now
         # By the step, not by the call: Mesa asks a model's reporters twice before the first row, to validate them.
         step = getattr(getattr(one, "model", one), "steps", None)
-        of, began, latest = self._marks.get(one, (step, 0, 0))
+        unseen: tuple[object, int, int] = (step, 0, 0)
+        of, began, latest = self._marks.get(one, unseen)
         if of != step:
             began = latest
         self._marks[one] = (step, began, now)

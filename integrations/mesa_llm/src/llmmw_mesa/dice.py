@@ -103,7 +103,7 @@ def keyed(models: Iterable[Any]) -> Generator[int]:
     held: list[Any] = []
     with _lock:
         # Inside another agent's step this is that agent's own draw.
-        plain = [found for model in models if type(found := getattr(model, "random", None)) in _PLAIN]
+        plain: list[Any] = [found for model in models if type(found := getattr(model, "random", None)) in _PLAIN]
         base = plain[0].getrandbits(64) if plain else random.getrandbits(64)  # noqa: S311 — as above
         for found in plain:
             _hold(found, held)

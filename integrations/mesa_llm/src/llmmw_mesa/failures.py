@@ -78,7 +78,8 @@ def _made(status: int, said: str, model: str) -> Exception:
     kind = _BY_STATUS.get(status)
     provider = _provider(model)
     if kind is None:
-        return litellm.APIError(status_code=status, message=said, llm_provider=provider, model=model)
+        other: Exception = litellm.APIError(status_code=status, message=said, llm_provider=provider, model=model)
+        return other
     if kind in {litellm.PermissionDeniedError, litellm.UnprocessableEntityError}:
         import httpx  # noqa: PLC0415 — only these two classes insist on a response
 

@@ -126,7 +126,7 @@ class Options:
 
     def _inner(self) -> tuple[Layer, ...]:
         # A lost call is asked again, as Mesa-LLM and the SDK below it do: an answer has no effect but its price.
-        patience = {"rate_patience": 0.0} if self.max_attempts == 1 else {}
+        patience: dict[str, Any] = {"rate_patience": 0.0} if self.max_attempts == 1 else {}
         return (
             Retry(attempts=self.max_attempts, duplicate_ok=True, **patience),
             RateLimiter(rpm=self.rpm, tpm=self.tpm, concurrency=self.max_concurrency),
@@ -145,7 +145,7 @@ class Options:
             raise ConfigError(
                 f"ModuleLLM(stack={stack!r}): expected a llmmw.Stack, e.g. Stack(TTLCache(300), Coalescer())"
             )
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # — `settings` makes it a dataclass
+        for field in dataclasses.fields(self):
             if field.name not in _BESIDE_A_STACK and getattr(self, field.name) != field.default:
                 raise ConfigError(
                     f"ModuleLLM({field.name}={getattr(self, field.name)!r}): a stack of your own has its own layers; "
@@ -158,7 +158,7 @@ class Options:
 
 
 def _default(name: str) -> Any:
-    return Options.__dataclass_fields__[name].default  # type: ignore[attr-defined]  # — as above
+    return Options.__dataclass_fields__[name].default
 
 
 def _checked_seed(seed: Any) -> int | str | None:

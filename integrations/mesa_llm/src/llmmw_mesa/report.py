@@ -110,7 +110,7 @@ class StepError(ExceptionGroup[Exception]):
         made.report = report
         return made
 
-    def derive(self, excs: Sequence[Exception]) -> StepError:
+    def derive(self, excs: Sequence[Exception], /) -> StepError:  # type: ignore[override]  # — narrower on purpose
         """As ExceptionGroup wants it."""
         made = StepError(self.message, list(excs))
         made.report = self.report

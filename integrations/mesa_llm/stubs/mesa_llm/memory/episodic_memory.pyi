@@ -1,0 +1,3 @@
+from mesa_llm.memory.memory import Memory
+
+class EpisodicMemory(Memory): ...

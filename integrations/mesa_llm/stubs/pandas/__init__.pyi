@@ -1,0 +1,6 @@
+from typing import Any, Self
+
+class DataFrame:
+    @classmethod
+    def from_dict(cls, data: dict[str, dict[str, Any]], orient: str) -> Self: ...
+    def rename_axis(self, name: str) -> Self: ...
