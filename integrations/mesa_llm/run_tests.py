@@ -1,7 +1,7 @@
 """Builds an environment for each Mesa-LLM that is supported, and runs the tests there: `make test-integrations`.
 
-For each: our own tests, then Mesa-LLM's own suite (from its source distribution) with `install()` in force; every
-test that passes without it must pass with it.
+For each, side by side: this project's tests, then Mesa-LLM's own suite (from its source distribution) with `install()`
+in force; every test that passes without it must pass with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,29 +49,38 @@ PAIRS = (Pair("0.2.0", "3.11"), Pair("0.3.2", "3.12"))
 
 
 def main() -> int:
-    """The exit status: 0 when everything that could run passed."""
+    """The exit status: 0 when everything that could run passed, and something could."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[pair.mesa_llm for pair in PAIRS], help="one Mesa-LLM only")
     parser.add_argument("--skip-upstream", action="store_true", help="not Mesa-LLM's own suite")
     options = parser.parse_args()
-    failed = False
-    for pair in PAIRS:
-        if options.only not in {None, pair.mesa_llm}:
-            continue
-        python = interpreter_of(pair.python)
+    found = {pair: interpreter_of(pair.python) for pair in PAIRS if options.only in {None, pair.mesa_llm}}
+    for pair, python in found.items():
         if python is None:
-            print(f"SKIPPED mesa-llm {pair.mesa_llm}: no Python {pair.python} here (looked for python{pair.python})")
-            continue
-        prepare(pair, python)
-        failed |= own_tests(pair) != 0
-        if not options.skip_upstream:
-            failed |= not upstream_passes(pair)
-    return int(failed)
+            say(pair, f"SKIPPED: no Python {pair.python} here (looked for python{pair.python}, also in pyenv)")
+        else:
+            prepare(pair, python)
+    ready = [pair for pair, python in found.items() if python is not None]
+    if not ready:
+        print("nothing was tested: none of the interpreters is here", file=sys.stderr)
+        return 1
+    with ThreadPoolExecutor(len(ready)) as side_by_side:
+        return int(not all(side_by_side.map(lambda pair: passes(pair, upstream=not options.skip_upstream), ready)))
+
+
+def say(pair: Pair, text: str) -> None:
+    """A line, or several at once: the pairs are tested side by side."""
+    sys.stdout.write("".join(f"mesa-llm {pair.mesa_llm}: {line}\n" for line in text.splitlines()))
+    sys.stdout.flush()
 
 
 def interpreter_of(version: str) -> str | None:
     """A Python of that version that starts."""
-    candidates = [f"python{version}", *sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))]
+    candidates = [
+        f"python{version}",
+        sys.executable,
+        *sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))),
+    ]
     for candidate in candidates:
         found = shutil.which(candidate)
         if found is None:
@@ -88,11 +98,11 @@ def prepare(pair: Pair, python: str) -> None:
     wanted = pair.requirements.read_text(encoding="utf-8")
     if ready.exists() and ready.read_text(encoding="utf-8") == wanted:
         return
-    print(f"installing mesa-llm {pair.mesa_llm} on Python {pair.python} ...", flush=True)
+    say(pair, f"installing on Python {pair.python} ...")
     uv = str(Path(sys.executable).parent / "uv")
     run([uv, "venv", "-q", "--clear", "-p", python, str(pair.home)])
     into = ["--python", str(pair.interpreter)]
-    run([uv, "pip", "install", "-q", *into, "--require-hashes", "-r", str(pair.requirements)])
+    run([uv, "pip", "install", "-q", "--compile-bytecode", *into, "--require-hashes", "-r", str(pair.requirements)])
     run([uv, "pip", "install", "-q", *into, "--no-deps", "--no-build-isolation", "-e", str(ROOT), "-e", str(HERE)])
     ready.write_text(wanted, encoding="utf-8")
 
@@ -102,24 +112,54 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def own_tests(pair: Pair) -> int:
-    """The exit status of this project's tests."""
-    print(f"llmmw-mesa with mesa-llm {pair.mesa_llm} on Python {pair.python}", flush=True)
-    return subprocess.run([str(pair.interpreter), "-m", "pytest", "-q"], cwd=HERE, check=False).returncode
+def passes(pair: Pair, *, upstream: bool) -> bool:
+    """Whether its tests pass: this project's, and Mesa-LLM's own."""
+    source = sources(pair)  # this project's tests run its example models
+    say(pair, f"this project's tests, on Python {pair.python} ...")
+    told = pytest(pair, HERE, "-q")
+    say(pair, told.stdout if told.returncode else told.stdout.strip().rpartition("\n")[2])
+    passed = told.returncode == 0
+    if upstream and source is None:
+        say(pair, "SKIPPED its own suite: no source distribution can be had")
+    elif upstream and source is not None:
+        passed &= upstream_passes(pair, source)
+    return passed
 
 
-def upstream_passes(pair: Pair) -> bool:
+def pytest(pair: Pair, place: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """How a run of tests ended."""
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": str(HERE / "tests")}
+    command = [str(pair.interpreter), "-m", "pytest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(
+        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def upstream_passes(pair: Pair, source: Path) -> bool:
     """Whether every test of Mesa-LLM's own that passes bare passes with `install()` too."""
-    source = sources(pair)
-    if source is None:
-        print(f"SKIPPED Mesa-LLM's own suite: no source distribution of {pair.mesa_llm} can be had")
-        return True
-    bare, installed = (passed(pair, source, plugin) for plugin in ([], ["-p", "installed"]))
-    lost = sorted(bare - installed)
-    print(f"Mesa-LLM {pair.mesa_llm}'s own suite: {len(bare)} pass bare, {len(bare & installed)} of them installed")
-    for name in lost:
-        print(f"  LOST {name}")
-    return bool(bare) and not lost
+    say(pair, "its own suite, with install() ...")
+    own = ("-o", "addopts=", "-v", "-r", "fE", "--timeout", "120")
+    told = pytest(pair, source, *own, "-p", "installed", "tests")
+    passed, failed = outcomes(told.stdout)
+    if not passed:
+        say(pair, told.stdout)
+        return False
+    lost: set[str] = set()
+    if failed:  # the others need not run bare: nothing can be lost
+        lost = failed & outcomes(pytest(pair, source, *own, "tests").stdout)[0]
+    say(pair, f"its own suite: {len(passed)} pass with install(), {len(failed) - len(lost)} fail bare as well")
+    for name in sorted(lost):
+        say(pair, f"LOST {name}")
+    if lost:
+        say(pair, told.stdout)
+    return not lost
+
+
+def outcomes(told: str) -> tuple[set[str], set[str]]:
+    """Names of the tests that passed, and of those that did not."""
+    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR)", told, re.MULTILINE)
+    failed = {name for name, outcome in found if outcome != "PASSED"}
+    return {name for name, _ in found} - failed, failed
 
 
 def sources(pair: Pair) -> Path | None:
@@ -138,25 +178,6 @@ def sources(pair: Pair) -> Path | None:
         with tarfile.open(place / f"mesa_llm-{pair.mesa_llm}.tar.gz") as archive:
             archive.extractall(place, filter="data")
     return found if (found / "tests").is_dir() else None
-
-
-def passed(pair: Pair, source: Path, plugin: list[str]) -> set[str]:
-    """Names of Mesa-LLM's tests that pass."""
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": str(HERE / "tests")}
-    command = [
-        str(pair.interpreter),
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *plugin,
-        "tests",
-    ]
-    told = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    return set(re.findall(r"^(\S+::.+?) PASSED", told.stdout, re.MULTILINE))
 
 
 if __name__ == "__main__":
