@@ -293,7 +293,10 @@ def server_at(server):
 )
 async def test_health_is_what_the_server_says(page, healthy):
     async with Server(__health=page) as server, Opened(server) as at:
-        assert await at.endpoint.health(within=0.2 if page is never else 30) is healthy
+        for seconds in (0.2, 5, 60) if page is never else (120,):
+            assert await at.endpoint.health(within=seconds) is healthy
+            if server.asked:
+                break  # else the machine was too busy to ask
         assert server.asked[-1] == "/health"
 
 
