@@ -109,13 +109,10 @@ def _messages(llm: Any, prompt: Any, system_prompt: str | None) -> list[dict[str
 
 
 def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once: bool) -> Call:
-    options, state = shared.identity.options, state_of(llm)
+    state = state_of(llm)
     payload = {name: value for name, value in kwargs.items() if value is not None and name not in _NOT_ASKED}
     if "response_format" in payload:
         payload["response_format"] = _schema(payload["response_format"])
-    variant = [("mesa-run", str(options.run_seed))] if options.run_seed is not None else []
-    if options.cache_scope == "agent":
-        variant.insert(0, ("mesa-agent", acting.scope(options.run_seed, state.token)))
     return Call(
         "chat",
         llm.llm_model,
@@ -124,9 +121,25 @@ def _call(llm: Any, shared: Shared, kwargs: dict[str, Any], *, plain: bool, once
         native=Question(kwargs, plain, once, Account(acting.current_part(), state.figures, state.alone)),
         target=shared.name,
         namespace=shared.namespace,
-        variant=tuple(variant),
+        variant=_variant(shared, state, once=once),
         inherits_context=True,
     )
+
+
+def _variant(shared: Shared, state: State, *, once: bool) -> tuple[tuple[str, str], ...]:
+    """Who may share the answer besides those who ask the same, by name and sorted."""
+    options, part, token = shared.identity.options, acting.current_part(), state.token
+    found: dict[str, str] = {}
+    if options.run_seed is not None:
+        found["mesa-run"] = str(options.run_seed)
+        token = f"{options.run_seed}#{shared.number_of(state)}"
+        if part is not None and part.model is not None:
+            shared.steps_for(part.model)
+    if options.cache_scope == "agent":
+        found["mesa-agent"] = acting.scope(options.run_seed, token)
+    if once:  # who is patient must not get the outcome of who is not, and the other way round
+        found["mesa-once"] = "1"
+    return tuple(sorted(found.items()))
 
 
 def _schema(wanted: Any) -> Any:

@@ -13,7 +13,7 @@ import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from llmmw import ConfigError
 from llmmw.keys.identity import Namespaces
@@ -49,8 +49,7 @@ class Shared:
         self.namespace = namespace
         self.name = f"{identity.model}@{identity.api_base}" if identity.api_base else identity.model
         self.users: WeakSet[Any] = WeakSet()
-        self._models: WeakSet[Any] = WeakSet()
-        self._numbers = itertools.count(1)
+        self._forget_run()
         self._engine: Engine | None = None
         self._last: dict[str, Any] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -79,9 +78,13 @@ class Shared:
                 self._engine = engine
         return engine
 
-    def number(self) -> int:
-        """Which ModuleLLM of its run asks for the first time; once all have left, a run begins anew."""
-        return next(self._numbers)
+    def number_of(self, user: object) -> int:
+        """Which of those that asked this is, in order of their first question; once all have left, they begin anew."""
+        with self._lock:
+            found = self._numbers.get(user)
+            if found is None:
+                found = self._numbers[user] = next(self._counter)
+            return found
 
     def steps_for(self, model: object) -> None:
         """An agent of this simulation asks. Another simulation of the same name is the same run once more."""
@@ -92,6 +95,11 @@ class Shared:
             if model not in self._models and self._models and engine is not None and not engine.closed:
                 engine.begin_run()
             self._models.add(model)
+
+    def _forget_run(self) -> None:
+        self._models: WeakSet[Any] = WeakSet()
+        self._counter = itertools.count(1)
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     async def aclose(self, user: object) -> None:
         """One user fewer; the last closes the engine."""
@@ -119,7 +127,7 @@ class Shared:
             if self.users:
                 return None
             engine, self._engine = self._engine, None
-            self._numbers = itertools.count(1)
+            self._forget_run()
         if engine is not None:
             self._keep(engine)
         return engine

@@ -22,7 +22,7 @@ from llmmw.pool.guard import is_loopback
 from llmmw_mesa.figures import Account  # noqa: TC001 — msgspec evaluates it
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Iterator
 
     from llmmw.call import Call
 
@@ -73,6 +73,7 @@ class LiteLLMEndpoint:
         self.capabilities: frozenset[str] = frozenset({"idempotent"}) if local else frozenset()
         self._env = Env()
         self._threads: CapacityLimiter | None = None
+        self._given_up: set[asyncio.Future[Any]] = set()
 
     def start(self, env: Env) -> None:
         """The engine's env."""
@@ -107,14 +108,35 @@ class LiteLLMEndpoint:
                 lambda: ask_plain(**question.kwargs), limiter=self._threads, abandon_on_cancel=True
             )
         own = _LITELLM if _is_litellms(ask) else {}  # somebody else's function may not know them
-        return await ask(**question.kwargs | own)
+        return await self._in_a_task(ask(**question.kwargs | own))
+
+    async def _in_a_task(self, work: Awaitable[Any]) -> Any:
+        """LiteLLM takes a cancellation for a lost connection, unless the running task has been told to cancel.
+
+        Ours reach the coroutine alone (`llmmw.interrupt`): a task of its own makes them known.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            return await task
+        finally:
+            if not task.done():
+                self._given_up.add(task)
+                task.add_done_callback(self._gone)
+                task.cancel()
+
+    def _gone(self, task: asyncio.Future[Any]) -> None:
+        self._given_up.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody waits for it
 
     def rehome(self) -> None:
-        """The capacity limiter belongs to a loop."""
-        self._threads = None
+        """What belongs to a loop that is gone."""
+        self._threads, self._given_up = None, set()
 
     async def aclose(self) -> None:
         """Close what LiteLLM has opened on this loop: it keeps a client per loop, for a loop that ends as well."""
+        if self._given_up:
+            await asyncio.wait(self._given_up)
         await _close_clients()
 
     def __repr__(self) -> str:
@@ -125,9 +147,9 @@ def _original(function: Any) -> Any:
     return getattr(function, ORIGINAL, function)
 
 
-def _is_litellms(function: Any) -> bool:
-    """Also where a tracing tool has wrapped it, as `functools.wraps` does: that passes on what it is given."""
-    return str(getattr(function, "__module__", "")).partition(".")[0] == "litellm"
+def _is_litellms(thing: Any) -> bool:
+    """Also a function that a tracing tool has wrapped, as `functools.wraps` does: that passes on what it is given."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "litellm"
 
 
 async def _close_clients() -> None:
@@ -171,7 +193,7 @@ def told(error: Exception) -> Reply:
         OnlyTry: a package is missing.
         Exception: the error itself, where it is none of these.
     """
-    chain = tuple(_chain(error))
+    chain = sorted(_chain(error), key=_is_litellms)  # whose exceptions make up a response of their own
     answer = next((found for found in map(_answer, chain) if found is not None), None)
     if answer is not None:
         said, headers, body = answer
