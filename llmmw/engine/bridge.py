@@ -223,9 +223,10 @@ class LoopThread:
             with asyncio.Runner() as runner:
                 runner.run(self._serve())
         except BaseException as error:
-            if self._started.done():
+            if not self._started.done():
+                self._started.set_exception(error)
+            elif "interpreter shutdown" not in str(error):  # closed at exit: asyncio wants a thread to end its own ones
                 raise
-            self._started.set_exception(error)
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
