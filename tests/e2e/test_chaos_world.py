@@ -185,7 +185,7 @@ async def test_no_ports_left_is_said_clearly_and_over_when_there_are_some(monkey
         return await original(self, sock, address)
 
     monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_connect", sock_connect)
-    with server_process(ServerConfig(reply="echo")) as server:
+    with server_process(ServerConfig(reply="echo", keepalive_s=3600)) as server:
         async with client_of(server.base_url, engine) as client:
             refused = await asyncio.gather(*(client.chat(f"{n}") for n in range(100)), return_exceptions=True)
             assert {type(error) for error in refused} == {ConnectionFailed}
