@@ -51,17 +51,20 @@ class Forager(LLMAgent):
         self.tool_manager = FORAGING
         self.berries = 0
         self.took_s = 0.0
+        self.acted = 0
 
     def step(self) -> None:
         began = time.perf_counter()
         plan = self.reasoning.plan(**self._asked())
         self.apply_plan(plan)
+        self.acted += 1
         self.took_s = time.perf_counter() - began
         self.took_s = time.perf_counter() - began
 
     async def astep(self) -> None:
         plan = await self.reasoning.aplan(**self._asked())
         self.apply_plan(plan)
+        self.acted += 1
 
     def _asked(self) -> dict[str, Any]:
         prompt = f"You have {self.berries} berries. Take as many as you need, but think of the others."
@@ -132,13 +135,13 @@ def example(name: str, agents: int, *, parallel: bool, llm_model: str) -> Model:
 
 
 def shorter_answers() -> None:
-    """For a model whose text is noise and never ends: ReAct's two answers have at most 24 characters each.
+    """For a model whose text is noise and never ends: ReAct's two answers are 8 to 24 small letters and spaces each.
 
     The server holds the model to the schema that it is sent.
     """
 
     class ReActOutput(BaseModel):
-        reasoning: str = Field(max_length=24)
-        action: str = Field(max_length=24)
+        reasoning: str = Field(pattern="^[a-z ]{8,24}$")
+        action: str = Field(pattern="^[a-z ]{8,24}$")
 
     react.ReActOutput = ReActOutput

@@ -100,7 +100,7 @@ class Worker:
 
     def step(self) -> dict[str, Any]:
         """One step of all agents."""
-        error = ""
+        error, before = "", [(agent, agent.acted) for agent in self._model.agents if hasattr(agent, "acted")]
         began, cpu = time.perf_counter(), time.process_time()
         try:
             self._model.step()
@@ -109,7 +109,10 @@ class Worker:
             while isinstance(first, ExceptionGroup):
                 first = first.exceptions[0]
             error = f"{type(first).__name__}: {first}"[:300]
-        took = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu, "error": error}
+        took: dict[str, Any] = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        idle = sum(agent.acted != acted + 1 for agent, acted in before)
+        # On Mesa 3.5 a model's step() does nothing any more, without a word, once it has raised.
+        took["error"] = error or (f"{idle} of {len(before)} agents did not step once" if idle else "")
         took["longest_s"] = max((getattr(agent, "took_s", 0.0) for agent in self._model.agents), default=0.0)
         return took | {"descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir())}
 
