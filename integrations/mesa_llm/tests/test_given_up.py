@@ -167,8 +167,8 @@ def test_a_thread_that_comes_back_too_late_does_nothing_any_more():
                 lambda: self.apply_plan(None),
                 lambda: self.send_message("too late", [self]),
                 lambda: self.memory.add_to_memory(type="plan", content={"plan": "too late"}),
-                lambda: self.memory.process_step(),
-                lambda: self.remove(),
+                self.memory.process_step,
+                self.remove,
                 lambda: self.llm.generate("too late"),
             ):
                 try:

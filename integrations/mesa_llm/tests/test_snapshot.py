@@ -10,12 +10,11 @@ import threading
 import numpy as np
 import pytest
 from llmmw_mesa import StepError, install, step_agents
+from llmmw_mesa.acting import StepAbandoned
+from llmmw_mesa.turns import Turns
 from mesa import Agent, Model
 from mesa.experimental.meta_agents.meta_agent import MetaAgent
 from worlds import Questioner, Thinker, World
-
-from llmmw_mesa.turns import Turns
-from llmmw_mesa.acting import StepAbandoned
 
 PATIENCE_S = 90
 
@@ -251,7 +250,7 @@ def test_members_of_a_group_act_on_the_groups_turn():
     assert len(report) == 2
     acts = [place for place, (what, _) in enumerate(model.log) if what == "acts"]
     assert model.log.index(("thinks", 4)) < acts[0]
-    assert [model.log[place][1] for place in acts][0] == 3
+    assert next(model.log[place][1] for place in acts) == 3
 
 
 def test_steps_inside_a_step_act_on_its_turn():

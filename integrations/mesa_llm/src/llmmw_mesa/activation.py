@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mesa.experimental.meta_agents.meta_agent import MetaAgent
 from mesa_llm.llm_agent import LLMAgent
@@ -33,7 +33,8 @@ def _steps_members(agent: Any) -> bool:
     """Whether it has a step of its own, which steps its members; Mesa's does nothing."""
     if not getattr(agent, "_constituting_set", None):
         return False
-    return "step" in vars(agent) or getattr(type(agent), "step", None) is not MetaAgent.step or hasattr(agent, "astep")
+    kind = cast("Any", type(agent))
+    return "step" in vars(agent) or getattr(kind, "step", None) is not MetaAgent.step or hasattr(agent, "astep")
 
 
 def is_registered(agent: Any) -> bool:
@@ -64,9 +65,10 @@ class Ways:
         if "step" in own or "astep" in own:
             name, on_loop = self._find(agent)
         else:
-            found = self._known.get(type(agent))
+            kind = cast("Any", type(agent))
+            found = self._known.get(kind)
             if found is None:
-                found = self._known[type(agent)] = self._find(agent)
+                found = self._known[kind] = self._find(agent)
             name, on_loop = found
         if name is None:
             return None, False

@@ -105,6 +105,6 @@ def _its_own(agent: Any) -> list[State]:
 
 
 def _has(agent: Any) -> list[State]:
-    values = [*vars(agent).values(), getattr(getattr(agent, "memory", None), "llm", None)]
+    values: list[Any] = [*getattr(agent, "__dict__", {}).values(), getattr(getattr(agent, "memory", None), "llm", None)]
     modules = {id(value): value for value in values if isinstance(value, upstream.ModuleLLM)}
     return [state_of(module) for module in modules.values()]

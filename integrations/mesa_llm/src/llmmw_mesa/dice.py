@@ -104,7 +104,7 @@ def keyed(models: Iterable[Any]) -> Generator[int]:
     with _lock:
         # Inside another agent's step this is that agent's own draw.
         plain: list[Any] = [found for model in models if type(found := getattr(model, "random", None)) in _PLAIN]
-        base = plain[0].getrandbits(64) if plain else random.getrandbits(64)  # noqa: S311 — as above
+        base = plain[0].getrandbits(64) if plain else random.getrandbits(64)
         for found in plain:
             _hold(found, held)
             found.__class__ = KeyedRandom

@@ -50,8 +50,7 @@ def failed(error: Exception, model: str) -> Exception:
     if not isinstance(error, LLMMWError) or isinstance(error, ConfigError):
         return error
     if isinstance(error, AllEndpointsFailed) and error.exceptions:
-        last = error.exceptions[-1]
-        return _noted(failed(last, model) if isinstance(last, Exception) else error, error.attempts)
+        return _noted(failed(error.exceptions[-1], model), error.attempts)
     cause = error.__cause__
     if isinstance(cause, Exception) and type(cause).__module__.startswith("litellm"):
         return _noted(cause, error.attempts)

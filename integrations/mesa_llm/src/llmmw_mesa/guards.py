@@ -9,7 +9,7 @@ import functools
 import inspect
 import threading
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from llmmw_mesa.acting import current_part
 
@@ -43,11 +43,13 @@ def _hook(name: str, before: Any, *, awaited: bool) -> Any:
 
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         before(self)
-        return getattr(type(self), name)(self, *args, **kwargs)
+        kind = cast("Any", type(self))
+        return getattr(kind, name)(self, *args, **kwargs)
 
     async def ahook(self: Any, *args: Any, **kwargs: Any) -> Any:
         before(self)
-        return await getattr(type(self), name)(self, *args, **kwargs)
+        kind = cast("Any", type(self))
+        return await getattr(kind, name)(self, *args, **kwargs)
 
     made = ahook if awaited else hook
     made.__name__ = made.__qualname__ = name  # bound methods are pickled by name
@@ -84,16 +86,18 @@ def release(agent: Any) -> None:
             _guarded[id(agent)] = (count - 1, put)
             return
         for where, name, hook in put:
-            if vars(where).get(name) is hook:
-                del vars(where)[name]
+            own = cast("dict[str, Any]", vars(where))
+            if own.get(name) is hook:
+                del own[name]
 
 
 def _put(where: Any, names: tuple[str, ...], before: Any, put: list[Any]) -> None:
     own = getattr(where, "__dict__", None)
     if own is None:
         return
+    kind = cast("Any", type(where))
     for name in names:
-        method = getattr(type(where), name, None)
+        method = getattr(kind, name, None)
         if method is not None and name not in own:
             hook = MethodType(_made(name, before, inspect.iscoroutinefunction(method)), where)
             own[name] = hook

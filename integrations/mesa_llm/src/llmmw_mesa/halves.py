@@ -37,14 +37,18 @@ def _undo(memory: Any) -> None:
                 entries.clear()
                 entries.extend(whole)
                 staged += [entry.content for entry in halves]
-    current = getattr(memory, "step_content", None)
-    if not staged or not isinstance(current, dict):
+    content: object = getattr(memory, "step_content", None)
+    if not staged or not isinstance(content, dict):
         return
+    current = cast("dict[str, Any]", content)
     # What others said is kept for the next step; what the agent saw and planned in this one is not.
-    heard = [found["message"] for found in (*staged, current) if found.get("message")]
+    heard: list[Any] = [found["message"] for found in (*staged, current) if found.get("message")]
     current.clear()
     if heard:
-        current["message"] = [part for found in heard for part in (found if isinstance(found, list) else [found])]
+        parts: list[Any] = []
+        for found in heard:
+            parts.extend(found if isinstance(found, list) else [found])  # pyright: ignore[reportUnknownArgumentType]  # — Mesa-LLM's
+        current["message"] = parts
     if isinstance(getattr(memory, "last_observation", None), dict):
         memory.last_observation = {}  # Mesa-LLM 0.2 records what has changed since: that one is not recorded
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+_NAMED = 10
+"""So many failed agents are named in a report's line; the rest counts."""
+
 
 @dataclass
 class Result:
@@ -49,14 +52,14 @@ class Result:
 class StepReport:
     """What became of each agent, in the order of activation."""
 
-    results: list[Result] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list[Result])
     most_at_once: int = 0
     """Steps that were under way at the same time, at most."""
     calls: int = 0
     """Questions that the agents asked through llmmw."""
     most_calls_at_once: int = 0
     """Of these, under way at the same time, at most."""
-    removed: list[Any] = field(default_factory=list)
+    removed: list[Any] = field(default_factory=list[Any])
     """Agents that others removed before their turn came; they have not stepped and are not among the results."""
 
     @property
@@ -94,7 +97,7 @@ class StepReport:
         failures = [result for result in self.results if not result.success]
         if not failures:
             return f"{len(self)} agents stepped"
-        names = ", ".join(result.name for result in failures[:10]) + (", ..." if len(failures) > 10 else "")
+        names = ", ".join(result.name for result in failures[:_NAMED]) + (", ..." if len(failures) > _NAMED else "")
         return f"{len(failures)} of {len(self)} agents did not step: {names} ({failures[0].error!r})"
 
 

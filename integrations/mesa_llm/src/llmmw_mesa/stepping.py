@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llmmw import ConfigError
 from llmmw_mesa.activation import activation, has_async_step
@@ -100,6 +100,6 @@ def check_settings(mode: Mode, order: str, on_error: OnError, timeout: float | N
         raise ConfigError(f'on_error={on_error!r}: must be "raise", "skip", "continue" or "retry"')
     if timeout is not None and not 0 < timeout < math.inf:
         raise ConfigError(f"timeout={timeout!r}: must be a positive number of seconds, or None")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+    if most is not None and (isinstance(most, bool) or not isinstance(cast("object", most), int) or most < 1):
         raise ConfigError(f"max_concurrency={most!r}: must be a whole number of at least 1, or None")
     return Settings(mode, on_error, timeout, most)

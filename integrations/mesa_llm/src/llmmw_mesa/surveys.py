@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import mesa_llm.module_llm as upstream
 from mesa_llm.llm_agent import LLMAgent
@@ -100,14 +100,18 @@ class Survey:
         return bool(getattr(self._model, "parallel_stepping", False))
 
     @property
+    def _agent_set(self) -> Any:
+        return cast("Any", type(getattr(self._model, "agents", None)))
+
+    @property
     def agent_set(self) -> str:
         """The class that holds the agents."""
-        return type(getattr(self._model, "agents", None)).__name__
+        return str(self._agent_set.__name__)
 
     @property
     def stock_parallel(self) -> bool:
         """Whether Mesa-LLM's own parallel stepping reaches that class."""
-        method = getattr(type(getattr(self._model, "agents", None)), "shuffle_do", None)
+        method = getattr(self._agent_set, "shuffle_do", None)
         return getattr(method, "__name__", "") == "_enhanced_shuffle_do"
 
     @property
