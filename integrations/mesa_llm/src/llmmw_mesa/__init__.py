@@ -7,7 +7,7 @@ model.run_model()
 """
 
 from llmmw_mesa.asking import one_shot
-from llmmw_mesa.checks import Finding, check
+from llmmw_mesa.checks import Finding, Findings, check
 from llmmw_mesa.collect import agent_reporters, model_reporters
 from llmmw_mesa.installing import install, is_installed, uninstall
 from llmmw_mesa.module import ModuleLLM
@@ -22,7 +22,8 @@ from llmmw_mesa.shared import close_all, global_stats
 from llmmw_mesa.stepping import astep_agents, step_agents
 
 __all__ = [
-    "Finding", "ModuleLLM", "Options", "Result", "StepError", "StepReport", "agent_reporters", "astep_agents", "check",
+    "Finding", "Findings", "ModuleLLM", "Options", "Result", "StepError", "StepReport", "agent_reporters", "astep_agents",
+    "check",
     "close_all", "disable_automatic_parallel_stepping", "enable_automatic_parallel_stepping", "global_stats", "install",
     "is_installed", "last_report", "model_reporters", "one_shot", "step_agents", "uninstall",
 ]  # fmt: skip

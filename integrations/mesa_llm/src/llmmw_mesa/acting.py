@@ -141,7 +141,7 @@ def acting(agent: Any) -> Generator[Part]:
 
 
 def counted() -> Any:
-    """`with counted():` around a call, for the run's tally."""
+    """A context manager to put around a call, for the run's tally."""
     part = _acting.get()
     return _uncounted if part is None or part.tally is None else part.tally
 
