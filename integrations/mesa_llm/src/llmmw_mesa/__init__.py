@@ -22,8 +22,8 @@ from llmmw_mesa.shared import close_all, global_stats
 from llmmw_mesa.stepping import astep_agents, step_agents
 
 __all__ = [
-    "Finding", "Findings", "ModuleLLM", "Options", "Result", "StepError", "StepReport", "agent_reporters", "astep_agents",
-    "check",
+    "Finding", "Findings", "ModuleLLM", "Options", "Result", "StepError", "StepReport", "agent_reporters",
+    "astep_agents", "check",
     "close_all", "disable_automatic_parallel_stepping", "enable_automatic_parallel_stepping", "global_stats", "install",
     "is_installed", "last_report", "model_reporters", "one_shot", "step_agents", "uninstall",
 ]  # fmt: skip
