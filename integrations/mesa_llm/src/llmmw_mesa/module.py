@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from llmmw_mesa.options import Scope
 
 
-@tenacity.retry(stop=tenacity.stop_after_attempt(1), reraise=True)
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type(upstream.RETRYABLE_EXCEPTIONS),
+    stop=tenacity.stop_after_attempt(4),
+    reraise=True,
+)
 def _generate_once(
     self: Any,
     prompt: str | list[str] | None = None,
@@ -43,7 +47,7 @@ def generate(
 ) -> Any:
     """Ask the model.
 
-    `generate.__wrapped__` and what `generate.retry_with(...)` makes are one attempt each, as in Mesa-LLM.
+    `generate.__wrapped__` is one attempt, as in Mesa-LLM; what `generate.retry_with(...)` makes tries 4 times at most.
 
     Args:
         self: a ModuleLLM, ours or Mesa-LLM's.
