@@ -21,7 +21,6 @@ from llmmw_mesa.stepping import astep_agents, check_settings, step_agents
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
 
     from llmmw_mesa.report import StepReport
 
@@ -163,7 +162,8 @@ def last_report() -> StepReport | None:
 def _patches() -> list[Patch]:
     found: list[Patch] = []
     for owner in agent_set_classes():
-        shuffled = _plain(owner.__dict__["shuffle_do"], "shuffle")
+        mesas = upstream._original_shuffle_do if owner is upstream.AgentSet else owner.__dict__["shuffle_do"]  # noqa: SLF001 — Mesa-LLM has no public name for it
+        shuffled = _plain(mesas, "shuffle")
         found.append(Patch(owner, "shuffle_do", shuffled))
         if "do" in owner.__dict__:
             found.append(Patch(owner, "do", _plain(owner.__dict__["do"], "given")))
@@ -226,7 +226,7 @@ class _Noted:
         self._wanted = wanted
         self.report: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Noted:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -234,11 +234,11 @@ class _Noted:
         if report is None:
             return
         _state.last = report
-        if _state.warned or self._wanted.max_concurrent == 1 or len(report) <= 1:
+        if _state.warned or self._wanted.max_concurrent == 1 or len(report) < 2:
             return
-        if report.most_at_once <= 1 and any(waits(result.agent) for result in report):
+        if report.most_at_once < 2 and any(waits(result.agent) for result in report):
             what = "no two steps were ever under way at once: do the steps wait for anything?"
-        elif report.calls > 1 and report.most_calls_at_once <= 1 and len(report) - 1 > 1:
+        elif report.calls > 1 and report.most_calls_at_once < 2 and len(report) > 2:
             what = "no two calls were ever under way at once: does something make the agents wait for each other?"
         else:
             return
