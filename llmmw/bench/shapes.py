@@ -129,11 +129,16 @@ async def _posting(target: Target) -> AsyncGenerator[Callable[[str, dict[str, An
     """Bare aiohttp, without its limit of 100 connections, so that all calls are in flight."""
     import aiohttp  # noqa: PLC0415 — heavy, and only here
 
+    from llmmw.endpoints.vllm import KEEPALIVE_S  # noqa: PLC0415 — likewise
+
     headers = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
     timeout = aiohttp.ClientTimeout(total=target.timeout_s)
     base = target.base_url.rstrip("/")
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), headers=headers, timeout=timeout
+        # Its own 15 s are more than vLLM's 5 s: a wave after a pause would meet connections that are just being closed.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        headers=headers,
+        timeout=timeout,
     ) as session:
 
         async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from llmmw import ConfigError, LLMMWError
 from llmmw.bench import run as run_module
 from llmmw.bench.run import Bench, Plan, look
-from llmmw.bench.shapes import SHAPES, Shape, Tally, Target, client_of
+from llmmw.bench.shapes import SHAPES, Shape, Tally, Target, _posting, client_of
 from llmmw.endpoints.vllm import VLLMEndpoint
 from llmmw.errors import MissingExtra, StatusError, UpstreamTimeout
 from llmmw.testing.rawserver import RawServer, answer_bytes
@@ -71,6 +71,15 @@ async def test_all_at_once_means_that_nobody_waits_for_another_one(name, togethe
         server.configure(paused=False)
         await asked
         assert server.core.report(0)["peak_in_flight"] == together
+
+
+async def test_the_bare_client_keeps_no_connection_longer_than_a_server_may(monkeypatch):
+    monkeypatch.setattr("llmmw.endpoints.vllm.KEEPALIVE_S", 0.01)
+    async with RawServer() as server, _posting(Target(server.origin, "m")) as post:
+        for _ in range(2):
+            await post("chat/completions", {})
+            await asyncio.sleep(0.05)
+        assert server.connections == 2
 
 
 async def test_waves_alternate_and_only_as_many_calls_are_made_one_by_one_as_allowed():
