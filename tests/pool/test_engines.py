@@ -59,6 +59,7 @@ class PoolContract:
         def make(**options: Any) -> BoundPool:
             events: list[Event] = []
             allow_hosts = options.pop("allow_hosts", ())
+            options = {"keepalive_expiry": 3600, **options}  # a busy machine may pause for seconds
             pool = ConnectionPool(engine=self.engine, **options).open(
                 Env(sinks=(events.append,)), allow_hosts=allow_hosts
             )

@@ -146,9 +146,9 @@ async def ask(pool, request, **options):
 @contextlib.asynccontextmanager
 async def opened(engine="aiohttp", **options):
     events = []
-    pool = ConnectionPool(**{"engine": engine, "http2": True, "verify": False, **options}).open(
-        Env(sinks=(events.append,))
-    )
+    pool = ConnectionPool(
+        **{"engine": engine, "http2": True, "verify": False, "keepalive_expiry": 3600, **options}
+    ).open(Env(sinks=(events.append,)))
     pool.events = events
     try:
         yield pool

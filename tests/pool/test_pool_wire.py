@@ -55,6 +55,7 @@ async def ask(pool, request, **options):
 
 @contextlib.asynccontextmanager
 async def opened(engine, *, env=None, **options):
+    options = {"keepalive_expiry": 3600, **options}  # a busy machine may pause for seconds
     pool = ConnectionPool(engine=engine, **options).open(env or Env())
     try:
         yield pool
