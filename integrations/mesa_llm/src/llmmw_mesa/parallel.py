@@ -21,10 +21,13 @@ from llmmw_mesa.stepping import astep_agents, check_settings, step_agents
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from llmmw_mesa.report import StepReport
 
 _MISSING: Any = object()
+_SIDE_BY_SIDE = 2
+"""From so many under way at once something is parallel."""
 _MODES = {"asyncio": "overlap", "threading": "overlap", "overlap": "overlap", "snapshot": "snapshot"}
 
 
@@ -226,7 +229,7 @@ class _Noted:
         self._wanted = wanted
         self.report: Any = None
 
-    def __enter__(self) -> _Noted:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -234,11 +237,11 @@ class _Noted:
         if report is None:
             return
         _state.last = report
-        if _state.warned or self._wanted.max_concurrent == 1 or len(report) < 2:
+        if _state.warned or self._wanted.max_concurrent == 1 or len(report) < _SIDE_BY_SIDE:
             return
-        if report.most_at_once < 2 and any(waits(result.agent) for result in report):
+        if report.most_at_once < _SIDE_BY_SIDE and any(waits(result.agent) for result in report):
             what = "no two steps were ever under way at once: do the steps wait for anything?"
-        elif report.calls > 1 and report.most_calls_at_once < 2 and len(report) > 2:
+        elif report.calls > 1 and report.most_calls_at_once < _SIDE_BY_SIDE < len(report):
             what = "no two calls were ever under way at once: does something make the agents wait for each other?"
         else:
             return
