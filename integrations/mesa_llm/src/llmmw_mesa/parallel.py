@@ -17,7 +17,8 @@ from mesa_llm import parallel_stepping as upstream
 from llmmw import ConfigError
 from llmmw_mesa.activation import waits
 from llmmw_mesa.report import StepError
-from llmmw_mesa.stepping import astep_agents, check_settings, step_agents
+from llmmw_mesa.settings import check_settings
+from llmmw_mesa.stepping import astep_agents, step_agents
 
 if TYPE_CHECKING:
     from collections.abc import Callable

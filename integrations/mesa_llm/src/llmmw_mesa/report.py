@@ -12,7 +12,7 @@ _NAMED = 10
 """So many failed agents are named in a report's line; the rest counts."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     """How one agent's step ended."""
 
@@ -48,7 +48,7 @@ class Result:
         return error
 
 
-@dataclass
+@dataclass(repr=False)
 class StepReport:
     """What became of each agent, in the order of activation."""
 
@@ -92,6 +92,10 @@ class StepReport:
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __repr__(self) -> str:
+        # asyncio asks for it at the end of every step, however many agents there are, and whatever their own does.
+        return f"<StepReport of {len(self)} agents>"
 
     def __str__(self) -> str:
         failures = [result for result in self.results if not result.success]

@@ -6,88 +6,31 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import inspect
 import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmmw_mesa import acting, guards
-from llmmw_mesa.activation import Ways, is_registered
+from llmmw_mesa.activation import Ways
 from llmmw_mesa.dice import Streams, keyed
 from llmmw_mesa.halves import undo_half_steps
-from llmmw_mesa.report import Result, StepReport
+from llmmw_mesa.jobs import Job, StepTimeoutError
+from llmmw_mesa.report import StepReport
 from llmmw_mesa.turns import Turns
 from llmmw_mesa.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from llmmw_mesa.settings import Settings
     from llmmw_mesa.workers import Worker
 
-Mode = Literal["overlap", "snapshot"]
-OnError = Literal["raise", "skip", "continue", "retry"]
 _RETRIES = 2
 """So often a step that has done nothing yet is tried again with `on_error="retry"`."""
 GRACE_S = 1.0
 """So long a step that is cancelled may take to end; then nobody waits for it any more."""
-
-
-class StepTimeoutError(TimeoutError):
-    """An agent's step took too long."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to step."""
-
-    mode: Mode = "overlap"
-    on_error: OnError = "raise"
-    timeout: float | None = None
-    """Seconds for each agent."""
-    max_concurrency: int | None = None
-
-
-class _Job:
-    """One agent's step."""
-
-    def __init__(self, number: int, agent: Any, step: Callable[[], Any] | None, *, on_loop: bool) -> None:
-        self.number = number
-        self.agent = agent
-        self.step = step
-        self.on_loop = on_loop
-        self.registered = is_registered(agent)
-        self.result = Result(agent, attempts=0)
-        self.part = acting.Part(agent, acting.current_part())
-        self.began = 0.0
-        self.away: float | None = None
-        """Since when it waits for its turn, which is not its own time."""
-        self.waiting = 0
-        self.placed = True
-        self.guarded = False
-        self.removed = False
-        self.cancel: Callable[[], object] | None = None
-        self.expired: float | None = None
-        """When its time was over."""
-        self.over = False
-        """It has ended, or nobody waits for it any more."""
-        self.worker: Worker | None = None
-
-    def start(self) -> Any:
-        """What the step returns: None, or what is to be awaited.
-
-        Raises:
-            TypeError: a generator, of which nothing has run.
-        """
-        self.result.attempts += 1
-        answer = None if self.step is None else self.step()
-        if answer is None or inspect.isawaitable(answer):
-            return answer
-        if inspect.isgenerator(answer) or inspect.isasyncgen(answer):
-            raise TypeError("the step is a generator function: nothing of it has run. Cure: no `yield` in it")
-        return None
 
 
 class Run:
@@ -97,16 +40,16 @@ class Run:
         self._settings = settings
         self._turns = Turns(len(agents)) if settings.mode == "snapshot" else None
         ways = Ways(agents, snapshot=self._turns is not None)
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         for number, agent in enumerate(agents):
             step, on_loop = ways.of(agent)
-            self._jobs.append(_Job(number, agent, step, on_loop=on_loop))
+            self._jobs.append(Job(number, agent, step, on_loop=on_loop))
         self._tries = 1 + (_RETRIES if settings.on_error == "retry" else 0)
         self._lock = threading.Lock()
         self._queue = deque(self._jobs)
         self._free = settings.max_concurrency or max(1, len(agents))
         self._left = len(agents)
-        self._under_way: set[_Job] = set()
+        self._under_way: set[Job] = set()
         self._most = 0
         self._tally = acting.Tally()
         self._stopping = False
@@ -156,8 +99,8 @@ class Run:
 
     def _start_more(self) -> None:
         """As many as there are places for, in order; on the loop."""
-        on_loop: list[_Job] = []
-        on_threads: list[_Job] = []
+        on_loop: list[Job] = []
+        on_threads: list[Job] = []
         with self._lock:
             while self._queue and self._free > 0 and not self._stopping:
                 job = self._queue.popleft()
@@ -168,7 +111,7 @@ class Run:
         for job in on_loop:
             job.cancel = self._loop.create_task(self._on_loop(job)).cancel
 
-    async def _on_loop(self, job: _Job) -> None:
+    async def _on_loop(self, job: Job) -> None:
         acting.enter(job.part)
         again = self._begins(job)
         while again:
@@ -182,10 +125,10 @@ class Run:
                 again = self._settled(job, None)
         self._ends(job)
 
-    def _on_worker(self, job: _Job, worker: Worker) -> _Job | None:
+    def _on_worker(self, job: Job, worker: Worker) -> Job | None:
         return contextvars.copy_context().run(self._in_context, job, worker)
 
-    def _in_context(self, job: _Job, worker: Worker) -> _Job | None:
+    def _in_context(self, job: Job, worker: Worker) -> Job | None:
         """The step on a thread; gives the next one that fits there."""
         job.worker = worker
         acting.enter(job.part)
@@ -194,17 +137,17 @@ class Run:
             try:
                 answer = job.start()
                 if answer is not None:
-                    worker.wait_for(_cancellable(job, answer))
+                    worker.wait_for(job.awaited(answer))
             except BaseException as error:  # noqa: BLE001 — every failure is in the report
                 again = self._settled(job, error)
             else:
                 again = self._settled(job, None)
         return self._ends(job)
 
-    def _begins(self, job: _Job) -> bool:
+    def _begins(self, job: Job) -> bool:
         """Whether it steps at all."""
-        if job.registered and not is_registered(job.agent):
-            job.removed = True  # by somebody else's step
+        if job.has_left():
+            job.removed = True
             return False
         if self._turns is not None:
             job.part.turn = functools.partial(self._wait_for_turn, job, self._turns)
@@ -219,7 +162,7 @@ class Run:
             job.guarded = True
         return True
 
-    def _settled(self, job: _Job, error: BaseException | None) -> bool:
+    def _settled(self, job: Job, error: BaseException | None) -> bool:
         """Write down how an attempt ended; whether there is to be another."""
         if error is not None and not job.over:
             undo_half_steps(job.agent)
@@ -239,7 +182,7 @@ class Run:
             self._tell(job, self._finish)
         return False
 
-    def _ends(self, job: _Job) -> _Job | None:
+    def _ends(self, job: Job) -> Job | None:
         """The step is over; gives the next one for the same thread."""
         if job.guarded:
             guards.release(job.agent)
@@ -256,14 +199,14 @@ class Run:
         self._has_left(job, waiting=waiting)
         return follows
 
-    def _leaves(self, job: _Job) -> None:
+    def _leaves(self, job: Job) -> None:
         """With the lock held."""
         job.over = True
         self._under_way.discard(job)
         self._left -= 1
         self._free += job.placed
 
-    def _has_left(self, job: _Job, *, waiting: bool) -> None:
+    def _has_left(self, job: Job, *, waiting: bool) -> None:
         if self._turns is not None:
             self._turns.done(job.number)
         if not self._left or (self._stopping and not self._under_way):
@@ -275,7 +218,7 @@ class Run:
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def _tell(self, job: _Job, what: Callable[[], None]) -> None:
+    def _tell(self, job: Job, what: Callable[[], None]) -> None:
         """Have it done on the loop."""
         if job.worker is None:
             what()
@@ -283,7 +226,7 @@ class Run:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(what)
 
-    def _wait_for_turn(self, job: _Job, turns: Turns) -> None:
+    def _wait_for_turn(self, job: Job, turns: Turns) -> None:
         """Places are for thinking: who has thought waits without one."""
         if turns.holds(job.number):
             return
@@ -324,15 +267,15 @@ class Run:
         if self._left:
             self._timer = self._loop.call_later(max(wait, 0.001), self._watch)
 
-    def _expire(self, job: _Job, now: float) -> None:
+    def _expire(self, job: Job, now: float) -> None:
         if job.expired is None:
             job.expired = now
             job.part.give_up()
-            if _cancelled(job):
+            if job.is_told_to_end():
                 return
         self._abandon(job)
 
-    def _abandon(self, job: _Job) -> None:
+    def _abandon(self, job: Job) -> None:
         """Nobody waits for it any more; what it does from now on is refused."""
         job.part.give_up()
         with self._lock:
@@ -363,28 +306,8 @@ class Run:
                 self._turns.done(job.number)
         self._ended = self._loop.create_future()
         try:
-            if sum(_cancelled(job) for job in running):
+            if sum(job.is_told_to_end() for job in running):
                 await asyncio.wait({self._ended}, timeout=GRACE_S)
         finally:
             for job in running:
                 self._abandon(job)
-
-
-def _cancelled(job: _Job) -> bool:
-    """Whether it could be told to end; plain code cannot."""
-    cancel = job.cancel
-    if cancel is None:
-        return False
-    with contextlib.suppress(RuntimeError):  # its loop has just closed
-        cancel()
-    return True
-
-
-async def _cancellable(job: _Job, answer: Any) -> None:
-    """An async step on a thread's own loop."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    job.cancel = lambda: loop.call_soon_threadsafe(task.cancel) if task is not None else None
-    try:
-        await answer
-    finally:
-        job.cancel = None

@@ -7,21 +7,17 @@ whole rest. In both, what an agent draws from `model.random` and `model.rng` doe
 
 from __future__ import annotations
 
-import math
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
-from llmmw import ConfigError
-from llmmw_mesa.activation import activation, has_async_step
+from llmmw_mesa.activation import activation
 from llmmw_mesa.loops import run_here
 from llmmw_mesa.report import StepError, StepReport
-from llmmw_mesa.running import Mode, OnError, Run, Settings
+from llmmw_mesa.running import Run
+from llmmw_mesa.settings import Mode, OnError, Order, Settings, check_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-Order = Literal["shuffle", "given"]
-__all__ = ["astep_agents", "check_settings", "has_async_step", "step_agents"]
 
 
 async def astep_agents(
@@ -88,18 +84,3 @@ def _told(report: StepReport, settings: Settings) -> StepReport:
         raise StepError.of(report)
     warnings.warn(str(report), RuntimeWarning, stacklevel=3)
     return report
-
-
-def check_settings(mode: Mode, order: str, on_error: OnError, timeout: float | None, most: int | None) -> Settings:
-    """The values, if they can work; else ConfigError."""
-    if mode not in {"overlap", "snapshot"}:
-        raise ConfigError(f'mode={mode!r}: must be "overlap" or "snapshot"')
-    if order not in {"shuffle", "given"}:
-        raise ConfigError(f'order={order!r}: must be "shuffle" or "given"')
-    if on_error not in {"raise", "skip", "continue", "retry"}:
-        raise ConfigError(f'on_error={on_error!r}: must be "raise", "skip", "continue" or "retry"')
-    if timeout is not None and not 0 < timeout < math.inf:
-        raise ConfigError(f"timeout={timeout!r}: must be a positive number of seconds, or None")
-    if most is not None and (isinstance(most, bool) or not isinstance(cast("object", most), int) or most < 1):
-        raise ConfigError(f"max_concurrency={most!r}: must be a whole number of at least 1, or None")
-    return Settings(mode, on_error, timeout, most)

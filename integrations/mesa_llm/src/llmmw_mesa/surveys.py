@@ -10,8 +10,8 @@ import mesa_llm.module_llm as upstream
 from mesa_llm.llm_agent import LLMAgent
 from mesa_llm.memory.episodic_memory import EpisodicMemory
 
+from llmmw_mesa.activation import has_async_step
 from llmmw_mesa.module import ModuleLLM
-from llmmw_mesa.stepping import has_async_step
 
 
 class Survey:
