@@ -33,10 +33,13 @@ class _Kept:
         """The same on another thread, for callers whose own runs a loop already."""
         told: list[Any] = []
         tasks: list[asyncio.Task[Any]] = []
+        ended = threading.Event()
         context = contextvars.copy_context()
 
         async def noted() -> Any:
             tasks.append(asyncio.ensure_future(work))
+            if ended.is_set():
+                tasks[0].cancel()
             return await tasks[0]
 
         def main() -> None:
@@ -46,10 +49,11 @@ class _Kept:
                 told.extend((None, error))
 
         thread = threading.Thread(target=main, name="mesa-steps", daemon=True)
-        thread.start()
         try:
+            thread.start()
             thread.join()
         except BaseException:  # Ctrl-C
+            ended.set()
             if tasks:
                 self._runner.get_loop().call_soon_threadsafe(tasks[0].cancel)
             thread.join(2 * _GRACE_S)

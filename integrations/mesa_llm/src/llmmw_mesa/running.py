@@ -176,7 +176,7 @@ class Run:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._fatal = error
             again = isinstance(error, Exception) and job.result.attempts < self._tries
-            if again and not self._stopping and not job.part.committed and job.expired is None:
+            if again and not self._stopping and not job.part.committed and not job.part.over:
                 return True
         if self._fatal is not None:
             self._tell(job, self._finish)
@@ -247,6 +247,9 @@ class Run:
                     job.away = None
         if self._settings.timeout is not None:
             self._tell(job, self._watch)
+        if job.has_left():
+            job.removed = True
+            job.part.give_up()
 
     # ── what takes too long ─────────────────────────────────────────────────────────────────────────────────────────
 

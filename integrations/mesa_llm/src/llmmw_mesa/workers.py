@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _LOOK_S = 0.0005
 """So often it is looked whether the threads keep up: short steps need one thread, a new one costs as much as many."""
 _GRACE_S = 1.0
-"""So long a thread may take to end after its last step."""
+"""So long the threads may take to end after the last step."""
 
 
 class Workers:
@@ -73,9 +74,10 @@ class Workers:
             self._closed = True
             self._jobs.clear()
             self._news.notify_all()
+        ends = time.monotonic() + _GRACE_S
         for worker in self._threads:
             if not worker.lost:
-                worker.join(_GRACE_S)
+                worker.join(max(0.0, ends - time.monotonic()))
 
 
 class Worker(threading.Thread):
