@@ -60,7 +60,7 @@ def test_a_header_of_one_call_takes_the_place_of_the_clients():
 def test_cache_08_accounts_of_a_wrapped_sdk_are_told_apart_by_their_place():
     def credential(**options):
         client = openai.AsyncOpenAI(api_key="k", base_url=HERE, **options)
-        return wrap_client(client, STACK)._llmmw_wrapping.credential({})
+        return wrap_client(client, STACK)._llmmw_wrapping.standing({}, None).credential
 
     found = {credential(organization="o"), credential(project="o"), credential(), credential(webhook_secret="s")}
     assert len(found) == 3
