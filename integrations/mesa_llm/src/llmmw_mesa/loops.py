@@ -37,10 +37,11 @@ class _Kept:
         context = contextvars.copy_context()
 
         async def noted() -> Any:
-            tasks.append(asyncio.ensure_future(work))
+            # Not in a task within this one: a KeyboardInterrupt in it would leave this one behind, for the next call.
+            tasks.extend(filter(None, (asyncio.current_task(),)))
             if ended.is_set():
                 tasks[0].cancel()
-            return await tasks[0]
+            return await work
 
         def main() -> None:
             try:
