@@ -14,6 +14,9 @@ from worlds import World
 
 from llmmw.testing.server import ServerConfig, server_process
 
+gc.collect()
+gc.freeze()  # all that LiteLLM has imported: every later collection would look at it once more
+
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
@@ -25,7 +28,6 @@ def _clean(monkeypatch):
     llmmw_mesa.uninstall()
     llmmw_mesa.close_all()
     litellm.in_memory_llm_clients_cache.flush_cache()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -427,10 +427,12 @@ def seen():
     return found
 
 def changed(before, after):
+    # pydantic finishes a class when somebody first needs it
     late = {"__warningregistry__", "_registry", "_abc_impl", "__annotations_cache__"}
     return sorted(
         ".".join(key) for key in before.keys()
-        if key[-1] not in late and before[key] is not after.get(key) and not isinstance(before[key], (int, float, str))
+        if key[-1] not in late and not key[-1].startswith("__pydantic_")
+        and before[key] is not after.get(key) and not isinstance(before[key], (int, float, str))
     )
 
 before = seen()
