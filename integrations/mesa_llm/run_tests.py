@@ -1,7 +1,8 @@
 """Builds an environment for each Mesa-LLM that is supported, and runs the tests there: `make test-integrations`.
 
 For each, side by side: this project's tests, then Mesa-LLM's own suite (from its source distribution) with `install()`
-in force; every test that passes without it must pass with it.
+in force; every test that passes without it must pass with it. `--cover` measures this project's tests instead: the
+branches of llmmw_mesa that no Mesa-LLM's run takes (programs in processes of their own are not measured).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[pair.mesa_llm for pair in PAIRS], help="one Mesa-LLM only")
     parser.add_argument("--skip-upstream", action="store_true", help="not Mesa-LLM's own suite")
+    parser.add_argument("--cover", action="store_true", help="branch coverage of this project's tests, all together")
     options = parser.parse_args()
     found = {pair: interpreter_of(pair.python) for pair in PAIRS if options.only in {None, pair.mesa_llm}}
     for pair, python in found.items():
@@ -64,8 +66,12 @@ def main() -> int:
     if not ready:
         print("nothing was tested: none of the interpreters is here", file=sys.stderr)
         return 1
+    upstream = not (options.skip_upstream or options.cover)
     with ThreadPoolExecutor(len(ready)) as side_by_side:
-        return int(not all(side_by_side.map(lambda pair: passes(pair, upstream=not options.skip_upstream), ready)))
+        passed = all(list(side_by_side.map(lambda pair: passes(pair, upstream=upstream, cover=options.cover), ready)))
+    if options.cover:
+        report_of_coverage(ready)
+    return int(not passed)
 
 
 def say(pair: Pair, text: str) -> None:
@@ -112,12 +118,14 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def passes(pair: Pair, *, upstream: bool) -> bool:
+def passes(pair: Pair, *, upstream: bool, cover: bool) -> bool:
     """Whether its tests pass: this project's, and Mesa-LLM's own."""
     source = sources(pair)  # this project's tests run its example models
     say(pair, f"this project's tests, on Python {pair.python} ...")
-    told = pytest(pair, HERE, "-q")
-    say(pair, told.stdout if told.returncode else told.stdout.strip().rpartition("\n")[2])
+    measured = ("coverage", "run", "--branch", "--source=llmmw_mesa", f"--data-file={data_of(pair)}", "-m")
+    told = pytest(pair, HERE, "-q", within=measured if cover else ())
+    summary = re.findall(r"^(?:=+ )?\d+ passed.* in [\d.]+s.*$", told.stdout, re.MULTILINE)
+    say(pair, told.stdout if told.returncode or not summary else summary[-1])
     passed = told.returncode == 0
     if upstream and source is None:
         say(pair, "SKIPPED its own suite: no source distribution can be had")
@@ -126,10 +134,23 @@ def passes(pair: Pair, *, upstream: bool) -> bool:
     return passed
 
 
-def pytest(pair: Pair, place: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def data_of(pair: Pair) -> Path:
+    """Where coverage keeps what it has seen."""
+    return ENVIRONMENTS / f"coverage.{pair.mesa_llm}"
+
+
+def report_of_coverage(pairs: list[Pair]) -> None:
+    """What no Mesa-LLM's run has reached."""
+    coverage = [str(pairs[-1].interpreter), "-m", "coverage"]
+    data = f"--data-file={ENVIRONMENTS / 'coverage'}"
+    run([*coverage, "combine", "-q", "--keep", data, *(str(data_of(pair)) for pair in pairs)])
+    run([*coverage, "report", data, "--show-missing", "--skip-covered"])
+
+
+def pytest(pair: Pair, place: Path, *options: str, within: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """How a run of tests ended."""
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": str(HERE / "tests")}
-    command = [str(pair.interpreter), "-m", "pytest", "-p", "no:cacheprovider", *options]
+    command = [str(pair.interpreter), "-m", *within, "pytest", "-p", "no:cacheprovider", *options]
     return subprocess.run(
         command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
