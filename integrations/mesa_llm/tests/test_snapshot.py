@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import random
@@ -9,12 +10,12 @@ import threading
 
 import numpy as np
 import pytest
-from llmmw_mesa import StepError, install, step_agents
+from llmmw_mesa import StepError, astep_agents, install, step_agents
 from llmmw_mesa.acting import StepAbandoned
 from llmmw_mesa.turns import Turns
 from mesa import Agent, Model
 from mesa.experimental.meta_agents.meta_agent import MetaAgent
-from worlds import Questioner, Thinker, World
+from worlds import Questioner, StandingClock, Thinker, World
 
 PATIENCE_S = 90
 
@@ -214,24 +215,28 @@ def test_retry_in_a_snapshot_only_before_it_acts():
     assert [who for what, who in model.log if what == "acts"] == [1, 2, 3]
 
 
-def test_waiting_for_ones_turn_is_not_ones_own_time():
-    release = threading.Event()
+def test_waiting_for_ones_turn_is_not_ones_own_time(monkeypatch):
+    class Slow(Acting):
+        """Time passes while it acts and the others wait; then the loop has looked who is late."""
 
-    class Hanging(Acting):
-        def step(self):
-            if self.unique_id == 3:
-                release.wait(PATIENCE_S)
-            super().step()
+        def apply_plan(self, plan):
+            looked = threading.Event()
+            self.model.loop.call_soon_threadsafe(looked.set)
+            assert looked.wait(PATIENCE_S)
+            super().apply_plan(plan)
+            clock.advance()
 
+    async def main():
+        model.loop = asyncio.get_running_loop()
+        return await astep_agents(model.agents, mode="snapshot", order="given", timeout=PATIENCE_S)
+
+    clock = StandingClock(monkeypatch)
     model = Model()
     model.log = []
     for _ in range(5):
-        Hanging(model)
-    with pytest.warns(RuntimeWarning, match="1 of 5"):
-        report = step_agents(model.agents, mode="snapshot", order="given", timeout=4, on_error="skip")
-    release.set()
-    assert [result.agent.unique_id for result in report.timed_out] == [3]
-    assert [who for what, who in model.log if what == "acts"] == [1, 2, 4, 5]
+        Slow(model)
+    assert asyncio.run(main()).ok
+    assert [who for what, who in model.log if what == "acts"] == [1, 2, 3, 4, 5]
 
 
 def test_members_of_a_group_act_on_the_groups_turn():

@@ -20,7 +20,7 @@ from llmmw_mesa import (
 )
 from llmmw_mesa.parallel import agent_set_classes
 from mesa import Agent, Model
-from worlds import Questioner, Thinker, World
+from worlds import Questioner, StandingClock, Thinker, World
 
 from llmmw import ConfigError
 from llmmw.testing.server import FaultRule, Match
@@ -72,7 +72,7 @@ class MeetingInThreads(Counting):
 @pytest.mark.parametrize(
     ("kind", "mode"), [(Waiting, "overlap"), (MeetingInThreads, "overlap"), (MeetingInThreads, "snapshot")]
 )
-def test_steps_really_overlap(kind, mode):
+def test_mesa_m01_steps_really_overlap_without_any_patch(kind, mode):
     model = Meeting(8, kind)
     report = step_agents(model.agents, mode=mode)
     assert report.most_at_once == 8
@@ -111,7 +111,7 @@ def test_mesa_02_one_fails_and_the_others_have_stepped(server):
         assert len(agent.done) == 1
 
 
-def test_skip_warns_and_reports_and_results_are_triples(server):
+def test_mesa_m07_skip_warns_and_reports_and_results_are_triples(server):
     model = World(5, server.base_url, kind=Failing)
     with install(), pytest.warns(RuntimeWarning, match="did not step: 4"):
         report = step_agents(model.agents, on_error="skip")
@@ -119,7 +119,7 @@ def test_skip_warns_and_reports_and_results_are_triples(server):
     assert {agent.unique_id for agent, success, _ in report if not success} == {4}
 
 
-def test_retry_steps_again_only_who_did_nothing_yet(server):
+def test_mesa_m07_retry_steps_again_only_who_did_nothing_yet(server):
     class Late(Thinker):
         tries = 0
 
@@ -161,27 +161,32 @@ async def test_mesa_03_a_cancelled_step_leaves_nothing(server):
         assert list(agent.memory.short_term_memory) == []
 
 
-async def test_mesa_16_one_that_hangs_holds_nobody_back(server):
+async def test_mesa_16_one_that_hangs_holds_nobody_back(server, monkeypatch):
     class Hanging(Thinker):
         async def astep(self):
             if self.unique_id == 3:
+                while sum(len(agent.done) for agent in self.model.agents) < 4:
+                    await asyncio.sleep(0)
+                clock.advance()
                 await asyncio.Event().wait()
             await super().astep()
 
+    clock = StandingClock(monkeypatch)
     model = World(5, server.base_url, kind=Hanging)
     with install(), pytest.warns(RuntimeWarning):
-        report = await astep_agents(model.agents, timeout=5, on_error="skip")
+        report = await astep_agents(model.agents, timeout=0.1, on_error="skip")
     assert [result.agent.unique_id for result in report.timed_out] == [3]
     assert len(report.succeeded) == 4
 
 
-def test_a_thread_that_hangs_is_left_behind_and_asks_nothing_more(server):
+def test_a_thread_that_hangs_is_left_behind_and_asks_nothing_more(server, monkeypatch):
     release = threading.Event()
     told = []
 
     class Stuck(Questioner):
         def step(self):
-            if self.unique_id == 1:
+            if self.unique_id == 2:
+                clock.advance()
                 release.wait(60)
                 try:
                     self.llm.generate("too late")
@@ -189,10 +194,11 @@ def test_a_thread_that_hangs_is_left_behind_and_asks_nothing_more(server):
                     told.append(str(error))
                 release.clear()
 
+    clock = StandingClock(monkeypatch)
     model = World(2, server.base_url, kind=Stuck)
     with install(), pytest.warns(RuntimeWarning):
-        report = step_agents(model.agents, timeout=0.2, on_error="skip")
-        assert [result.agent.unique_id for result in report.timed_out] == [1]
+        report = step_agents(model.agents, timeout=0.1, on_error="skip", order="given", max_concurrency=1)
+        assert [result.agent.unique_id for result in report.timed_out] == [2]
         release.set()
         ends = time.monotonic() + 30
         while release.is_set() and time.monotonic() < ends:

@@ -56,6 +56,7 @@ class Run:
         self._fatal: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # the caller's: not that of whose end makes room for the next
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._workers = Workers(self._loop, self._on_worker)
 
@@ -109,7 +110,7 @@ class Run:
         if on_threads:
             self._workers.hand(on_threads)
         for job in on_loop:
-            job.cancel = self._loop.create_task(self._on_loop(job)).cancel
+            job.cancel = self._loop.create_task(self._on_loop(job), context=self._context.copy()).cancel
 
     async def _on_loop(self, job: Job) -> None:
         acting.enter(job.part)
@@ -126,7 +127,7 @@ class Run:
         self._ends(job)
 
     def _on_worker(self, job: Job, worker: Worker) -> Job | None:
-        return contextvars.copy_context().run(self._in_context, job, worker)
+        return self._context.copy().run(self._in_context, job, worker)
 
     def _in_context(self, job: Job, worker: Worker) -> Job | None:
         """The step on a thread; gives the next one that fits there."""
