@@ -86,12 +86,33 @@ class Sleeper(Agent):
         await asyncio.sleep(self.model.dice.uniform(_LEAST_S, _MOST_S))
 
 
+class Plain(Agent):
+    """Steps in no time. That it has an `llm` makes llmmw step it side by side with others."""
+
+    llm = None
+    took_s = 0.0
+
+    def __init__(self, model: Any, **_: Any) -> None:
+        super().__init__(model)
+        self.acted = 0
+
+    def step(self) -> None:
+        self.acted += 1
+
+
+class Awaiting(Plain):
+    """The same, awaited where steps are."""
+
+    async def astep(self) -> None:
+        self.acted += 1
+
+
 class World(Model):
     """So many agents of a kind.
 
     Args:
         agents: how many.
-        kind: Forager or Sleeper.
+        kind: of one of the classes above.
         parallel: whether it asks for parallel steps, the way Mesa-LLM's own models do.
         llm_model: what a Forager asks.
         planning: further arguments of each `plan()`.

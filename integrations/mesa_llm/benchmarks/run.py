@@ -9,6 +9,7 @@
     sockets   descriptors over 100 steps
     sleeps    what pull request #264 of Mesa-LLM times
     examples  Mesa-LLM's own models, as they are
+    trivial   what stepping costs when a step does nothing
 
 The server is the embedded one in its own process; every way of stepping has a process too, in the environment that
 `make test-integrations` makes, and ways take turns. The exit status is 1 when something that must hold does not.
@@ -27,6 +28,7 @@ from lab import Lab, environments  # first: it says where the other modules are
 # isort: split
 import sections
 import steps
+import trivial
 from measure import concluded
 from run_tests import PAIRS
 
@@ -39,6 +41,7 @@ SECTIONS = {
     "sockets": sections.sockets,
     "sleeps": sections.sleeps,
     "examples": sections.examples,
+    "trivial": trivial.measure,
 }
 
 

@@ -93,7 +93,12 @@ class Worker:
         if kind in population.EXAMPLES:
             self._model = population.example(kind, agents, parallel=parallel, llm_model=model)
         else:
-            beings = {"react": population.Forager, "sleeps": population.Sleeper}[kind]
+            beings = {
+                "react": population.Forager,
+                "sleeps": population.Sleeper,
+                "plain": population.Plain,
+                "awaiting": population.Awaiting,
+            }[kind]
             planning = self._options.get("planning", {})
             self._model = population.World(agents, beings, parallel=parallel, llm_model=model, planning=planning)
         return {"agents": len(self._model.agents)}
