@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 from llmmw_mesa import StepError, astep_agents, step_agents
 from mesa import Agent, Model
+from programs import fresh
 
 PATIENCE_S = 90
 
@@ -161,12 +160,7 @@ print("hanging", flush=True)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_steps_and_steps_that_hang_do_not_keep_the_interpreter():
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=110, check=False, env=environment
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split() == ["forked", "hanging"]
+    assert fresh(PROGRAM).split() == ["forked", "hanging"]
 
 
 def test_an_exit_in_a_step_comes_out():
