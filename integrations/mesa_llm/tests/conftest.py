@@ -32,7 +32,7 @@ def _clean(monkeypatch):
 
 @pytest.fixture(scope="session")
 def _server():
-    with server_process(ServerConfig(any_model=True, latency="fixed", latency_s=0.005)) as running:
+    with server_process(ServerConfig(any_model=True, latency="fixed", latency_s=0.005, keepalive_s=600)) as running:
         yield running
 
 
