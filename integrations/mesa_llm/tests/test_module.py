@@ -10,6 +10,7 @@ import threading
 import litellm
 import pytest
 from llmmw_mesa import ModuleLLM, global_stats, one_shot
+from llmmw_mesa.shared import Shared
 from worlds import MODEL
 
 from llmmw import ConfigError
@@ -132,6 +133,23 @@ def test_mesa_13_cleanup_twice_elsewhere_and_a_call_after_it(llm):
     assert one.generate("hello again").choices
     assert one.get_performance_stats()["request_count"] == 2
     one.close()
+
+
+def test_mesa_13_a_call_whose_engine_somebody_closes_before_it_asks_opens_it_again(llm, monkeypatch):
+    one, opened, closed = llm(), Shared.engine, []
+
+    def engine(self, user):
+        found = opened(self, user)
+        if not closed:
+            closed.append(found)
+            found.close()  # as a `__del__` that the collector runs right then
+        return found
+
+    monkeypatch.setattr(Shared, "engine", engine)
+    assert one.generate("now").choices
+    closed.clear()
+    assert asyncio.run(one.agenerate("and on a loop")).choices
+    assert closed[0].closed
 
 
 def test_the_last_user_closes_the_engine(llm):

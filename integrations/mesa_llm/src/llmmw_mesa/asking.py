@@ -12,13 +12,14 @@ from weakref import WeakSet
 
 import mesa_llm.module_llm as upstream
 
+from llmmw import Closed
 from llmmw.call import Call
 from llmmw_mesa import acting
 from llmmw_mesa.beside import Beside
 from llmmw_mesa.failures import failed, refused
 from llmmw_mesa.figures import Account, Figures
 from llmmw_mesa.options import Options
-from llmmw_mesa.shared import Shared, shared_by
+from llmmw_mesa.shared import Shared, is_ending, shared_by
 from llmmw_mesa.upstream import Question, answer_of
 
 if TYPE_CHECKING:
@@ -216,12 +217,15 @@ def ask(llm: Any, kwargs: dict[str, Any], *, once: bool) -> Any:
     shared = shared_of(llm)
     call = _call(llm, shared, kwargs, plain=True, once=once or _is_once(llm))
     outcome: Reply | Exception
-    try:
-        with acting.counted():
-            outcome = shared.engine(state_of(llm)).call_sync(call)
-    except Exception as error:  # noqa: BLE001 — raised below, as what Mesa-LLM's users know
-        outcome = error
-    return _value(llm, call, outcome)
+    while True:
+        try:
+            with acting.counted():
+                outcome = shared.engine(state_of(llm)).call_sync(call)
+        except Exception as error:  # noqa: BLE001 — raised below, as what Mesa-LLM's users know
+            if _came_too_late(error, call):
+                continue
+            outcome = error
+        return _value(llm, call, outcome)
 
 
 async def aask(llm: Any, kwargs: dict[str, Any]) -> Any:
@@ -229,9 +233,17 @@ async def aask(llm: Any, kwargs: dict[str, Any]) -> Any:
     shared = shared_of(llm)
     call = _call(llm, shared, kwargs, plain=False, once=_is_once(llm))
     outcome: Reply | Exception
-    try:
-        with acting.counted():
-            outcome = await shared.engine(state_of(llm)).call(call)
-    except Exception as error:  # noqa: BLE001 — as above
-        outcome = error
-    return _value(llm, call, outcome)
+    while True:
+        try:
+            with acting.counted():
+                outcome = await shared.engine(state_of(llm)).call(call)
+        except Exception as error:  # noqa: BLE001 — as above
+            if _came_too_late(error, call):
+                continue
+            outcome = error
+        return _value(llm, call, outcome)
+
+
+def _came_too_late(error: Exception, call: Call) -> bool:
+    """Whether somebody closed the engine between its opening and the call: it opens again, as for any later call."""
+    return isinstance(error, Closed) and not call.native.account.requests and not is_ending()

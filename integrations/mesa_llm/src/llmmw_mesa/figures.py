@@ -60,9 +60,11 @@ class Account:
         alone: likewise, for calls outside of any step.
     """
 
-    __slots__ = ("_counted",)
+    __slots__ = ("_counted", "requests")
 
     def __init__(self, part: Part | None, figures: Figures, alone: Figures) -> None:
+        self.requests = 0
+        """How many this call has sent itself."""
         with _ledger.lock:
             if part is None:
                 self._counted = (figures, alone, _ledger.nobodys)
@@ -86,6 +88,7 @@ class Account:
 
     def sent(self) -> None:
         """A request goes out."""
+        self.requests += 1
         with _ledger.lock:
             for one in self._counted:
                 one.upstream += 1

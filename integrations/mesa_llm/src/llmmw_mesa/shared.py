@@ -199,7 +199,19 @@ def close_all() -> None:
         shared.close(shared)
 
 
+class _Process:
+    """The interpreter."""
+
+    ending = False
+
+
+def is_ending() -> bool:
+    """Whether the interpreter ends, so that nothing opens again."""
+    return _Process.ending
+
+
 def _at_exit() -> None:
+    _Process.ending = True
     for shared in list(_all.values()):
         shared.users.clear()
         with contextlib.suppress(Exception):  # the interpreter is ending
