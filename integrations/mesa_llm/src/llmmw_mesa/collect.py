@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -46,7 +47,7 @@ def agent_reporters(*, per_step: bool = True) -> dict[str, Callable[[Any], int]]
     return {f"llm_{name}": _OfAgent(name, per_step=per_step) for name in NAMES}
 
 
-class _Reporter:
+class _Reporter(ABC):
     """One figure of whoever is reported on. Copies and pickles of it start anew, as the figures do."""
 
     def __init__(self, name: str, *, per_step: bool) -> None:
@@ -71,8 +72,9 @@ class _Reporter:
         self._marks[one] = (step, began, now)
         return now - began
 
+    @abstractmethod
     def _now(self, one: Any) -> int:
-        raise NotImplementedError
+        """The figure since the beginning."""
 
 
 def _again(kind: Any, name: str, per_step: bool) -> Any:  # noqa: FBT001 — as pickle passes it
